@@ -139,6 +139,10 @@ class Recipe(Section):
 def _step_config(name: str) -> type[Section]:
     if name == "train":
         return TrainConfig
+    techniques = plugins.names("compress")
+    if name not in techniques:
+        known = ["train", *techniques]
+        raise UsageError(name, expected=f"one of {', '.join(known)}", found=f"'{name}'{closest(name, known)}", fix="rename it")
     return plugins.load("compress", name).Config
 
 

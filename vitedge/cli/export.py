@@ -1,0 +1,62 @@
+"""Build a recipe: train what has to be trained, export to ONNX, quantize to int8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vitedge.cli._build import build_options, only_builder, open_pipeline, plan_json, show_plan
+from vitedge.cli._output import emit_json, progress_bars, say
+
+if TYPE_CHECKING:
+    from vitedge.artifact import Manifest
+    from vitedge.pipeline import StagePlan
+
+
+@click.command("export")
+@build_options
+def command(recipe: str, output: Path | None, data: str | None, weights: str | None, device: str, seed: int | None, dry_run: bool, overwrite: bool, as_json: bool) -> None:
+    """Build a recipe: train what has to be trained, export to ONNX, quantize to int8.
+
+    Only stages that are missing or stale run; an interrupted build goes on where it stopped.
+
+    \b
+    vitedge export --recipe deit_tiny_int8                the embedded model; needs no data and no network
+    vitedge export --recipe deit_tiny_112_int8            fine-tunes ImageNet weights first
+    vitedge export --recipe deit_tiny_112_int8 --dry-run  what would be done, why, and about how long
+    """
+    pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite)
+    if dry_run:
+        plans = pipeline.plan()
+        show_plan(plans)
+        if as_json:
+            emit_json({"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(pipeline.root), "stages": plan_json(plans)})
+        return
+    with only_builder(pipeline.root):
+        if overwrite:
+            pipeline.clear()
+        plans = pipeline.plan()
+        show_plan(plans)
+        with progress_bars() as bar:
+            manifest = pipeline.run(plans, bar)
+    if as_json:
+        artifacts = [a.to_plain(manifest.root) for a in manifest.artifacts.values()]
+        emit_json({"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(manifest.root), "stages": plan_json(plans), "artifacts": artifacts})
+    else:
+        _show(manifest, plans, device)
+
+
+def _show(manifest: Manifest, plans: list[StagePlan], device: str) -> None:
+    """What was built, what was not and why, and the next command."""
+    base = manifest.artifacts["model.fp32.onnx"]
+    for artifact in manifest.artifacts.values():
+        ratio = f"1/{base.size_bytes / artifact.size_bytes:.2f} of fp32" if artifact.scheme != "fp32" else ""
+        counts = artifact.notes.get("node_counts") or {}
+        nodes = f"{counts['int8']} int8 nodes" if counts.get("int8") else ""
+        say(f"  {artifact.name:28} {artifact.size_bytes / 2**20:6.2f} MiB  {ratio:16} {nodes}".rstrip())
+    for plan in plans:
+        if plan.action == "skip":
+            say(f"  {plan.name}: not built, {plan.reason}")
+    say(f"built {manifest.root}; next: vitedge bench {manifest.root} --device {device}")

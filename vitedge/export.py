@@ -1,0 +1,173 @@
+"""PyTorch to ONNX: the torch.export-based exporter, a dynamic batch, and a file that is proven to agree.
+
+The stage fails when the file and the model disagree on real images: that is the commonest silent
+failure of exports. The exporter's own metadata (stack traces of every node) is stripped, so sizes are honest.
+Shapes: B batch, C channels or classes, H height, W width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from vitedge.artifact import Artifact, hash_files, writing
+from vitedge.errors import GateError, VitedgeError
+from vitedge.evaluate import parity
+from vitedge.graph import fix_batch, strip_metadata
+from vitedge.host import tool_versions
+from vitedge.model_file import write_contract
+from vitedge.preprocess import Preprocessing
+from vitedge.recipe import ExportConfig
+from vitedge.runtimes import Target
+from vitedge.runtimes import onnxruntime as engine
+
+INPUT, OUTPUT = "pixels", "logits"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """One model to write.
+
+    Attributes:
+        model: In eval mode, on the CPU, in float32.
+        contract: The preprocessing contract, stored in the file.
+        labels: Class names in output order, stored in the file.
+        config: Opset and tolerance.
+        x_BCHW: Preprocessed images that the file is checked on.
+        real_images: Whether those are real images or synthetic ones; stated in the notes.
+        folder: Where the files go.
+        recipe: Name of the recipe.
+        parent: sha256 of the checkpoint.
+    """
+
+    model: nn.Module
+    contract: Preprocessing
+    labels: tuple[str, ...]
+    config: ExportConfig
+    x_BCHW: np.ndarray
+    real_images: bool
+    folder: Path
+    recipe: str
+    parent: str
+
+
+def export(job: ExportJob) -> tuple[Artifact, Artifact]:
+    """Write `model.fp32.onnx` (dynamic batch) and its twin `model.fp32.batch1.onnx` for toolchains that want static shapes.
+
+    Raises:
+        VitedgeError: The exporter cannot express the model.
+        GateError: The file's logits differ from PyTorch's by more than `max_abs_err`, or another class wins on an image.
+    """
+    with torch.inference_mode():
+        reference_BC = torch.cat([job.model(x) for x in torch.from_numpy(job.x_BCHW).split(32)]).numpy()
+    proto = to_onnx(job.model, job.contract.size, job.config.opset)
+    stripped = strip_metadata.apply(proto).changed
+    write_contract(proto, job.contract, job.labels)
+    dynamic = _save(job, proto, "model.fp32.onnx", reference_BC, {"stripped_entries": stripped})
+    static_proto = onnx.ModelProto()
+    static_proto.CopyFrom(proto)
+    fix_batch.apply(static_proto, batch_size=1)
+    static = _save(job, static_proto, "model.fp32.batch1.onnx", reference_BC, {"variant_of": dynamic.name, "batch_size": 1})
+    return dynamic, static
+
+
+def to_onnx(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
+    """The exporter's graph with a dynamic batch, weights inside.
+
+    Raises:
+        VitedgeError: The exporter cannot express the model.
+    """
+    example = (torch.zeros(2, 3, size, size),)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    try:
+        with _quietly():
+            program = torch.onnx.export(
+                model,
+                example,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=({0: batch},),
+                opset_version=opset,
+                dynamo=True,
+                external_data=False,
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises dozens of types of its own
+        raise VitedgeError(
+            "export", expected="a model that torch.onnx.export can express", found=f"{type(error).__name__}: {str(error)[:160]}", fix="report the model, or change the recipe's steps"
+        ) from error
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def check(path: Artifact, x_BCHW: np.ndarray, reference_BC: np.ndarray, max_abs_err: float) -> dict[str, Any]:
+    """Compare a file with the logits it must give.
+
+    Raises:
+        GateError: They differ.
+    """
+    batch_size = int(path.notes.get("batch_size", 0)) or min(32, len(x_BCHW))
+    session = engine.load(path, Target("CPUExecutionProvider", threads=1, batch_size=path.notes.get("batch_size")))
+    logits_BC = np.concatenate([session(x_BCHW[i : i + batch_size]) for i in range(0, len(x_BCHW), batch_size)])
+    result = parity(reference_BC, logits_BC)
+    if not result.max_abs_err <= max_abs_err or result.top1_agreement < 100.0:
+        raise GateError(
+            str(path.path),
+            expected=f"logits within {max_abs_err} of PyTorch's and the same class on every image",
+            found=f"max_abs_err {result.max_abs_err:.2e}, top1_agreement {result.top1_agreement:.2f} %",
+            fix="raise export.max_abs_err if that is acceptable, or try another opset",
+        )
+    return {**asdict(result), "images": len(x_BCHW)}
+
+
+def _save(job: ExportJob, proto: onnx.ModelProto, name: str, reference_BC: np.ndarray, notes: dict[str, Any]) -> Artifact:
+    """Write one file under its final name only once it is proven."""
+    path = job.folder / name
+    with writing(path) as temporary:
+        onnx.save(proto, temporary)
+        artifact = Artifact(
+            name=name,
+            format="onnx",
+            scheme="fp32",
+            files=(temporary,),
+            sha256=hash_files([temporary]),
+            size_bytes=temporary.stat().st_size,
+            parent=job.parent,
+            recipe=job.recipe,
+            preprocessing=job.contract.to_json(),
+            labels=job.labels,
+            notes={**notes, "opset": job.config.opset},
+            tools=tool_versions(["torch", "onnx", "onnxscript", "timm"]),
+        )
+        found = check(artifact, job.x_BCHW, reference_BC, job.config.max_abs_err)
+    images = "train images" if job.real_images else "synthetic images"
+    return replace(artifact, files=(path,), notes={**artifact.notes, "parity": {**found, "of": images}})
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The exporter prints its steps, logs its registry and warns about its own internals; none of it is for users."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Models: any timm ViT or DeiT from a spec, and where its weights come from."""

@@ -1,0 +1,204 @@
+"""Build a timm ViT from a spec, load weights into it, and save it without pickle.
+
+A checkpoint is a safetensors file whose header says everything needed to build the model again:
+architecture, image and patch size, classes and preprocessing contract.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitedge.artifact import writing
+from vitedge.errors import InputError, UnavailableError, UsageError, closest
+from vitedge.models.weights import WeightsSource
+from vitedge.recipe import ModelSpec
+
+HEADER_KEY = "vitedge"
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint's header says.
+
+    Attributes:
+        arch, img_size, patch_size, num_classes: What `create` needs.
+        preprocessing: The contract's JSON.
+        labels: Class names in output order.
+    """
+
+    arch: str
+    img_size: int
+    patch_size: int | None
+    num_classes: int
+    preprocessing: str
+    labels: tuple[str, ...]
+
+
+def create(arch: str, img_size: int, patch_size: int | None, num_classes: int, drop_path: float = 0.0, patch_drop: float = 0.0) -> nn.Module:
+    """A timm ViT or DeiT with random weights, in training mode.
+
+    Attention is written out (matmul, softmax, matmul): exporters and quantizers see its products, and on a
+    CPU it is faster than the fused kernel for the few tokens of small images (x1.5 in bf16, `results/LOG.md`).
+
+    Raises:
+        UsageError: timm does not know the name, or it is not a ViT.
+    """
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    if not timm.is_model(arch):
+        raise UsageError(
+            f"model '{arch}'", expected="a name timm knows", found=f"'{arch}'{closest(arch, timm.list_models('*vit*') + timm.list_models('*deit*'))}", fix="see timm.list_models()"
+        )
+    sizes: dict[str, Any] = {"img_size": img_size, **({"patch_size": patch_size} if patch_size else {})}
+    try:
+        model = timm.create_model(arch, num_classes=num_classes, drop_path_rate=drop_path, patch_drop_rate=patch_drop, **sizes)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"model '{arch}'", expected="a ViT that takes img_size and patch_size", found=str(error), fix="choose a ViT or DeiT") from error
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"model '{arch}'", expected="a ViT or DeiT", found=type(model).__name__, fix="choose another architecture")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return model
+
+
+def build(spec: ModelSpec, num_classes: int, source: WeightsSource, drop_path: float = 0.0, patch_drop: float = 0.0) -> tuple[nn.Module, list[str]]:
+    """The model of a recipe with its weights, and the tensors that stayed random.
+
+    Position and patch embeddings are resampled to the spec's sizes. A classifier for another number
+    of classes is left out, and so named in the returned list.
+
+    Raises:
+        UsageError: Unknown architecture.
+        InputError: Weights of another model; names the tensors.
+        UnavailableError: `pretrained` has to be downloaded and cannot be.
+    """
+    model = create(spec.arch, spec.img_size, spec.patch_size, num_classes, drop_path, patch_drop)
+    if source.kind == "none":
+        return model, []
+    if source.path:
+        return model, _load_into(model, read_tensors(source.path), str(source.path))
+    import timm
+
+    try:
+        donor = timm.create_model(spec.arch, pretrained=True)
+    except Exception as error:  # the hub client raises a dozen types of its own for one thing: no file came
+        raise UnavailableError(
+            f"pretrained weights of '{spec.arch}'",
+            expected="a download by timm",
+            found=" ".join(str(error).split())[:160],
+            fix=f"put {spec.arch}.safetensors into a folder and set VITEDGE_WEIGHTS to it, or give --weights FILE",
+        ) from error
+    return model, _load_into(model, donor.state_dict(), f"timm's {spec.arch}")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, or of a state dict read by torch's `weights_only` loader (no pickle code runs).
+
+    Raises:
+        InputError: Neither.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state) if isinstance(state, dict) else state
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError("no state dict of tensors inside")
+        return state
+    except Exception as error:  # torch's unpickler and the zip reader raise many types for a damaged file
+        if not isinstance(error, (SafetensorError, ValueError, RuntimeError, OSError, EOFError, KeyError)) and "Unpickling" not in type(error).__name__:
+            raise
+        raise InputError(
+            str(path), expected="a safetensors file or a state dict", found=" ".join(str(error).split())[:160], fix="check the file, or save it again"
+        ) from error
+
+
+def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> list[str]:
+    """Load what fits; returns the classifier tensors left random, raises on any other difference."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if "patch_embed.proj.weight" not in tensors or "pos_embed" not in tensors:
+        raise InputError(
+            where, expected="tensors of a timm ViT (patch_embed.proj.weight, pos_embed ...)", found=", ".join(list(tensors)[:4]) or "no tensors", fix="choose the weights of this architecture"
+        )
+    wanted = model.state_dict()
+    try:
+        tensors = checkpoint_filter_fn(tensors, model)
+    except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
+        raise InputError(where, expected="weights of this architecture", found=str(error), fix="choose the weights of this architecture") from error
+    classifier = {name for name in wanted if name.split(".")[0] in ("head", "head_dist")}
+    random = sorted(n for n in classifier if n in tensors and tensors[n].shape != wanted[n].shape or n not in tensors)
+    for name in random:
+        tensors.pop(name, None)
+    missing = sorted(set(wanted) - set(tensors) - set(random))
+    unexpected = sorted(set(tensors) - set(wanted))
+    differing = sorted(n for n in set(wanted) & set(tensors) if wanted[n].shape != tensors[n].shape)
+    if missing or unexpected or differing:
+        parts = [
+            f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
+            if names
+        ]
+        raise InputError(where, expected="weights of this architecture", found="; ".join(parts), fix="choose the weights of this architecture, or change model.arch")
+    model.load_state_dict(tensors, strict=False)
+    return random
+
+
+def save_checkpoint(path: Path, model: nn.Module, meta: CheckpointMeta, half: bool = False) -> None:
+    """Write a model as safetensors, whole or not at all.
+
+    Args:
+        path: The file.
+        model: A model that `create` built.
+        meta: What is needed to build it again.
+        half: Store fp16, as the embedded checkpoint does.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: (t.half() if half else t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    with writing(path) as temporary:
+        save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(asdict(meta), sort_keys=True)})
+
+
+def load_checkpoint(path: Path) -> tuple[nn.Module, CheckpointMeta]:
+    """The model of a vitedge checkpoint in eval mode, and its header.
+
+    Raises:
+        InputError: Not such a file, or its tensors do not fit its header.
+    """
+    tensors = read_tensors(path)
+    meta = read_meta(path)
+    model = create(meta.arch, meta.img_size, meta.patch_size, meta.num_classes)
+    if _load_into(model, tensors, str(path)):
+        raise InputError(str(path), expected=f"a classifier of {meta.num_classes} classes", found="another one", fix="train it again")
+    return model.eval(), meta
+
+
+def read_meta(path: Path) -> CheckpointMeta:
+    """The header of a vitedge checkpoint.
+
+    Raises:
+        InputError: A safetensors file that vitedge did not write.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER_KEY])
+        return CheckpointMeta(**{**header, "labels": tuple(header["labels"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            str(path), expected="a checkpoint written by vitedge, with its header", found="a file without it", fix="give the file as `weights:` of a recipe instead"
+        ) from error

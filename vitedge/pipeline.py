@@ -1,0 +1,338 @@
+"""The order of the stages, and which of them have to run: recipe -> checkpoint -> ONNX -> int8 files.
+
+A stage runs when its inputs (recipe section, hashes of what it reads, tool versions, and the stage's
+own version number) differ from those recorded in the manifest, or its files are not there; else it
+is reused, and torch is not even imported. This is the only file that knows the order.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from vitedge import data as datasets
+from vitedge import plugins
+from vitedge.artifact import MANIFEST, Artifact, Manifest, digest_of, hash_files, write_text
+from vitedge.device import Device, resolve_rules
+from vitedge.errors import UsageError, extra_missing
+from vitedge.host import probe_host, tool_versions
+from vitedge.models.weights import WeightsSource, locate
+from vitedge.progress import Progress, silent
+from vitedge.quantize import Job
+from vitedge.recipe import Recipe, TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Raised when a stage's output changes though its inputs do not.
+STAGE_VERSIONS = {"checkpoint": 1, "export": 1, "quantize": 1}
+WORK = ".work"
+Bar = Callable[[str], Progress]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What will be done about one stage, and why.
+
+    Attributes:
+        name: `checkpoint`, `export`, or `quantize <library.scheme>`.
+        action: `run` | `reuse` | `skip`.
+        reason: Why, for people.
+        inputs: What the stage's key is made of.
+        seconds: About how long, from the last run or from the kind of work; 0 when not run.
+    """
+
+    name: str
+    action: str
+    reason: str
+    inputs: dict[str, Any]
+    seconds: float
+
+
+class Pipeline:
+    """One recipe's build folder.
+
+    Args:
+        recipe: What to build.
+        device: The target; its rules decide integer types and ranges.
+        root: The build folder.
+        data_option: `--data`.
+        weights_option: `--weights`.
+        overwrite: Whether a folder with other files in it may be built in.
+
+    Raises:
+        UsageError: The folder holds something else, or data or weights that are needed cannot be found.
+    """
+
+    def __init__(self, recipe: Recipe, device: Device, root: Path, data_option: str | None = None, weights_option: str | None = None, overwrite: bool = False) -> None:
+        self.recipe, self.device, self.root = recipe, device, root
+        self.data_option, self.weights_option = data_option, weights_option
+        self.manifest = Manifest.load(root)
+        if root.exists() and not root.is_dir():
+            raise UsageError(str(root), expected="a folder to build in", found="a file", fix="choose another folder with -o")
+        ours = (root / MANIFEST).exists() or (root / "recipe.yaml").exists()
+        if root.is_dir() and any(root.iterdir()) and not ours and not overwrite:
+            raise UsageError(str(root), expected="an empty folder or one that vitedge built", found="other files", fix="choose another folder with -o, or add --overwrite")
+        self.weights: WeightsSource = locate(recipe.model.weights, recipe.model.arch, weights_option)
+        self.rules = resolve_rules(device, probe_host())
+
+    @property
+    def trains(self) -> bool:
+        """Whether the recipe has a `train` step."""
+        return any(isinstance(config, TrainConfig) for _, config in self.recipe.steps)
+
+    @cached_property
+    def data_source(self) -> datasets.Source | None:
+        """Where the images are; None where there are none and the recipe can do without.
+
+        Raises:
+            UsageError: They are needed, or were asked for by name, and are not there.
+        """
+        needed = self.trains or self.data_option is not None or self.weights.kind != "builtin"
+        if needed:
+            return datasets.find(self.recipe.data.name, self.data_option)
+        try:
+            return datasets.find(self.recipe.data.name, None, download=False)
+        except UsageError:
+            return None
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset | None:
+        """The images, read once."""
+        spec = self.recipe.data
+        return datasets.load(self.data_source, spec.validation, spec.split_seed) if self.data_source else None
+
+    @cached_property
+    def _data_digest(self) -> str:
+        if not self.data_source:
+            return "none"
+        return digest_of(datasets.digest(self.data_source), self.recipe.data.validation, self.recipe.data.split_seed)
+
+    def plan(self, only: str | None = None) -> list[StagePlan]:
+        """What `run` will do, in order; reads hashes, never imports torch.
+
+        Args:
+            only: `checkpoint` plans just that stage.
+        """
+        plans = [self._plan("checkpoint", self._checkpoint_inputs(), ["checkpoint.safetensors"], after=None)]
+        if only == "checkpoint":
+            return plans
+        checkpoint_runs = plans[0].action == "run"
+        plans.append(self._plan("export", self._export_inputs(), ["model.fp32.onnx", "model.fp32.batch1.onnx"], after="checkpoint" if checkpoint_runs else None))
+        for name, config in self.recipe.quantize.schemes:
+            stage = f"quantize {name}"
+            if self._needs_images(name) and not self.data_source:
+                reason = f"no calibration images: run `vitedge export --recipe {self.recipe.name} --data PATH`, or set VITEDGE_DATA"
+                plans.append(StagePlan(stage, "skip", reason, {}, 0.0))
+                continue
+            after = "export" if plans[1].action == "run" else None
+            plans.append(self._plan(stage, self._quantize_inputs(name, config), [artifact_name(name)], after))
+        return plans
+
+    def run(self, plans: list[StagePlan], bar: Bar = lambda name: silent) -> Manifest:
+        """Do what the plan says; every finished stage is recorded at once, so an interrupted run goes on.
+
+        Raises:
+            UnavailableError: An extra that a stage needs is not installed.
+            VitedgeError: A stage failed; earlier stages are kept.
+        """
+        write_text(self.root / "recipe.yaml", yaml.safe_dump(self.recipe.to_plain(), sort_keys=False))
+        for plan in plans:
+            if plan.action != "run":
+                continue
+            began = time.monotonic()
+            artifacts, notes = self._run_stage(plan, bar)
+            for artifact in artifacts:
+                self.manifest.artifacts[artifact.name] = artifact
+            inputs = self._inputs_now(plan)
+            self.manifest.stages[plan.name] = {"inputs": inputs, "outputs": [a.name for a in artifacts], "seconds": round(time.monotonic() - began, 1), "notes": notes}
+            self.manifest.save()
+        return self.manifest
+
+    def clear(self) -> None:
+        """Forget everything vitedge built here (`--overwrite`); files that are not its own stay."""
+        for artifact in self.manifest.artifacts.values():
+            for path in artifact.files:
+                path.unlink(missing_ok=True)
+        (self.root / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.root / WORK, ignore_errors=True)
+        self.manifest = Manifest(self.root)
+
+    def _plan(self, stage: str, inputs: dict[str, Any], outputs: list[str], after: str | None) -> StagePlan:
+        record = self.manifest.stages.get(stage)
+        seconds = float(record["seconds"]) if record else self._estimate(stage)
+        if record is None:
+            return StagePlan(stage, "run", "not built yet", inputs, seconds)
+        if after:
+            return StagePlan(stage, "run", f"{after} is made anew", inputs, seconds)
+        changed = [f"{name} changed" for name in inputs if record["inputs"].get(name) != inputs[name]]
+        if changed:
+            return StagePlan(stage, "run", ", ".join(changed), inputs, seconds)
+        for name in outputs:
+            artifact = self.manifest.artifacts.get(name)
+            if artifact is None or not all(path.is_file() for path in artifact.files):
+                return StagePlan(stage, "run", f"{name} is missing", inputs, seconds)
+            if hash_files(list(artifact.files)) != artifact.sha256:
+                return StagePlan(stage, "run", f"{name} was changed by hand", inputs, seconds)
+        return StagePlan(stage, "reuse", "nothing changed", inputs, 0.0)
+
+    def _estimate(self, stage: str) -> float:
+        """Seconds on two cores of a current Xeon; a first guess, replaced by the real figure after one run."""
+        if stage == "checkpoint":
+            per_image = 4.0e-3 * (self.recipe.model.img_size / (self.recipe.model.patch_size or 16) / 7) ** 2
+            images = sum(c.steps * c.batch_size if c.steps else c.epochs * 45_000 for _, c in self.recipe.steps if isinstance(c, TrainConfig))
+            return 5.0 + images * per_image
+        return 25.0 if stage == "export" or "static" in stage else 8.0
+
+    def _checkpoint_inputs(self) -> dict[str, Any]:
+        plain = self.recipe.to_plain()
+        inputs = {name: plain[name] for name in ("model", "steps", "preprocess", "seed")}
+        inputs |= {"weights": self.weights.digest(), "version": STAGE_VERSIONS["checkpoint"], "tools": tool_versions(["torch", "timm"])}
+        if self.trains or self.weights.kind != "builtin":
+            inputs["data"] = self._data_digest
+        return inputs
+
+    def _export_inputs(self) -> dict[str, Any]:
+        checkpoint = self.manifest.artifacts.get("checkpoint.safetensors")
+        return {
+            "export": self.recipe.export.model_dump(mode="json"),
+            "checkpoint": checkpoint.sha256 if checkpoint else "",
+            "images": self._data_digest,
+            "version": STAGE_VERSIONS["export"],
+            "tools": tool_versions(["torch", "onnx", "onnxscript"]),
+        }
+
+    def _quantize_inputs(self, name: str, config: Any) -> dict[str, Any]:
+        source = self.manifest.artifacts.get("model.fp32.onnx")
+        inputs = {
+            "settings": config.model_dump(mode="json"),
+            "device": self.rules.model_dump(mode="json"),
+            "source": source.sha256 if source else "",
+            "version": STAGE_VERSIONS["quantize"],
+            "tools": tool_versions(["onnxruntime", "openvino", "nncf"] if name.startswith("openvino") else ["onnxruntime", "onnx"]),
+        }
+        if self._needs_images(name):
+            inputs |= {"calibration": self.recipe.quantize.calibration.model_dump(mode="json"), "data": self._data_digest}
+        return inputs
+
+    def _inputs_now(self, plan: StagePlan) -> dict[str, Any]:
+        """Inputs as they are once earlier stages have run."""
+        if plan.name == "export":
+            return self._export_inputs()
+        if plan.name.startswith("quantize "):
+            scheme = plan.name.removeprefix("quantize ")
+            return self._quantize_inputs(scheme, dict(self.recipe.quantize.schemes)[scheme])
+        return plan.inputs
+
+    @staticmethod
+    def _needs_images(name: str) -> bool:
+        library, _, scheme = name.partition(".")
+        return scheme in plugins.load("quantize", library).NEEDS_CALIBRATION
+
+    def _run_stage(self, plan: StagePlan, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
+        if plan.name == "checkpoint":
+            return self._run_checkpoint(plan, bar)
+        if plan.name == "export":
+            return self._run_export(bar)
+        return self._run_quantize(plan.name.removeprefix("quantize "), bar)
+
+    def _run_checkpoint(self, plan: StagePlan, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
+        require_torch("vitedge export")
+        import torch
+
+        from vitedge.train.steps import CheckpointJob, make_checkpoint
+
+        torch.set_num_threads(probe_host().usable_cores)
+        path = self.root / "checkpoint.safetensors"
+        torch_device = "cuda" if torch.cuda.is_available() else "cpu"
+        job = CheckpointJob(self.recipe, self.weights, self.dataset, path, self.root / WORK, digest_of(plan.inputs), torch_device, bar)
+        notes = make_checkpoint(job)
+        from vitedge.models.build import read_meta
+
+        labels = read_meta(path).labels
+        artifact = Artifact(
+            name=path.name,
+            format="checkpoint",
+            scheme="fp32",
+            files=(path,),
+            sha256=hash_files([path]),
+            size_bytes=path.stat().st_size,
+            recipe=self.recipe.name,
+            preprocessing=self.recipe.contract().to_json(),
+            labels=labels,
+            notes=notes,
+            tools=tool_versions(["torch", "timm"]),
+        )
+        return [artifact], notes
+
+    def _run_export(self, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
+        require_torch("vitedge export")
+        progress = bar("export")
+        progress(0, 1)
+        from vitedge.export import ExportJob, export
+        from vitedge.models.build import load_checkpoint
+
+        checkpoint = self.manifest.artifacts["checkpoint.safetensors"]
+        model, _ = load_checkpoint(checkpoint.path)
+        x_BCHW = self._sample(self.recipe.export.parity_images, self.recipe.seed)
+        files = export(
+            ExportJob(model, self.recipe.contract(), checkpoint.labels, self.recipe.export, x_BCHW, self.dataset is not None, self.root, self.recipe.name, checkpoint.sha256)
+        )
+        progress(1, 1)
+        return list(files), {"parity": files[0].notes["parity"]}
+
+    def _run_quantize(self, name: str, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
+        library, _, scheme = name.partition(".")
+        quantizer = plugins.load("quantize", library)
+        calibration = self.recipe.quantize.calibration
+        images = self._sample(calibration.images, calibration.seed) if self._needs_images(name) else None
+        progress = bar(f"quantize {name}")
+        progress(0, 1)
+        source = self.manifest.artifacts["model.fp32.onnx"]
+        artifact: Artifact = quantizer.quantize(
+            Job(source, scheme, dict(self.recipe.quantize.schemes)[name], self.rules, images, calibration.batch_size, self.root, progress)
+        )
+        progress(1, 1)
+        if images is not None and self.dataset is not None:
+            notes = {**artifact.notes, "calibration": {"images": len(images), "seed": calibration.seed, "data": self.dataset.label, "split": "train"}}
+            artifact = replace(artifact, notes=notes)
+        return [replace(artifact, recipe=self.recipe.name)], {}
+
+    def _sample(self, count: int, seed: int) -> np.ndarray:
+        """Preprocessed train images, float32 BCHW; synthetic ones where there is no data."""
+        import numpy as np
+
+        contract = self.recipe.contract()
+        generator = np.random.default_rng(seed)
+        if self.dataset is None:
+            # Smooth random colour fields: in the range of photographs, unlike white noise.
+            small = generator.integers(0, 256, size=(count, 4, 4, 3), dtype=np.uint8)
+            return replace(contract, crop="squash", interpolation="bicubic")(list(small))
+        images = self.dataset.train.images
+        chosen = generator.choice(len(images), size=min(count, len(images)), replace=False)
+        return contract([images[int(i)] for i in np.sort(chosen)])
+
+
+def artifact_name(scheme_name: str) -> str:
+    """File name of a scheme: `openvino.int8_static` is a folder of that name, ONNX Runtime's are `model.<scheme>.onnx`."""
+    library, _, scheme = scheme_name.partition(".")
+    return scheme_name if library == "openvino" else f"model.{scheme}.onnx"
+
+
+def require_torch(command: str) -> None:
+    """Check for the [torch] extra without importing it.
+
+    Raises:
+        UnavailableError: With the pip line.
+    """
+    from importlib.util import find_spec
+
+    if not all(find_spec(name) for name in ("torch", "timm", "safetensors", "onnxscript")):
+        raise extra_missing(command, "torch")

@@ -1,0 +1,29 @@
+"""The optimizer and its schedule: AdamW without decay on norms and biases, linear warm-up, cosine to zero."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitedge.recipe import TrainConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), fused; norms, biases, class token and position embedding are not decayed."""
+    from timm.optim import param_groups_weight_decay
+
+    skip = getattr(model, "no_weight_decay", set)()
+    groups: Any = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=tuple(skip))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Learning rate of step `step` of `steps`, counted from 0: linear warm-up to the peak, then a half cosine to zero."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
