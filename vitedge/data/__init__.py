@@ -3,3 +3,10 @@
 `find` says where a data set is (option, VITEDGE_DATA, cache, download), `load` reads it. Test images
 are for the final figure: calibration and tuning take train and validation images only.
 """
+
+from vitedge.data.identity import digest
+from vitedge.data.loading import load
+from vitedge.data.locate import find
+from vitedge.data.records import Dataset, Images, Source, Split
+
+__all__ = ["Dataset", "Images", "Source", "Split", "digest", "find", "load"]

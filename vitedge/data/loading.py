@@ -1,0 +1,106 @@
+"""Reading a source into splits, through the cache of decoded images."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vitedge.data import cache, cifar
+from vitedge.data.decode import DecodedOnAccess, decode_all, estimate_bytes
+from vitedge.data.identity import checksums, digest
+from vitedge.data.layout import lay_out
+from vitedge.data.members import archive_stem, open_members
+from vitedge.data.official import label_of
+from vitedge.data.records import Contents, Dataset, Decoded, Images, Source, Split
+from vitedge.data.splits import split_off
+from vitedge.errors import InputError, UsageError
+from vitedge.progress import Progress, silent
+
+TEST_SHARE = 0.2  # of a folder without splits
+TEST_SEED = 0  # not `split_seed`: a test image must stay one whichever validation split is drawn
+
+
+def load(source: Source, validation: float = 0.1, split_seed: int = 0, progress: Progress = silent) -> Dataset:
+    """Read a data set; images are decoded once and mapped from the cache after.
+
+    A source with its own validation split keeps it. Elsewhere a stratified share of train is split off
+    by `split_seed`. A folder of classes without any split first gives a fifth of each class to test,
+    always the same fifth; label and notes say so.
+
+    Args:
+        source: From `find`.
+        validation: Share of train to split off, in (0, 1).
+        split_seed: Of that split.
+        progress: Told images while decoding.
+
+    Raises:
+        InputError: The images, the archive or the records are not what they must be.
+        UsageError: The share is out of range.
+        OutputError: The cache cannot be written.
+    """
+    if not 0 < validation < 1:
+        raise UsageError("data.validation", expected="a share in (0, 1)", found=str(validation), fix="change the value")
+    identity = digest(source)
+    decoded = cache.opened(identity)
+    if decoded is None:
+        with cache.locked(identity, progress):
+            decoded = cache.opened(identity) or _read(source, identity, progress)
+    contents, label, notes = decoded.contents, _label(source), list(decoded.contents.notes)
+    if "all" in contents.parts:
+        contents = _with_test(contents)
+        label += f" ({TEST_SHARE:.0%} split off as test)"
+        notes.append(f"test: {TEST_SHARE:.0%} of each class, split off with seed {TEST_SEED}; the source has no test split")
+    if "validation" not in contents.parts:
+        contents = _with_validation(contents, validation, split_seed)
+        notes.append(f"validation: {validation:g} of each class of train, split off with seed {split_seed}")
+    splits = {part: _split(decoded, contents, positions) for part, positions in contents.parts.items()}
+    if "test" not in splits:
+        notes.append("there is no test split")
+    return Dataset(source.name, label, contents.classes, identity, splits["train"], splits["validation"], splits.get("test"), tuple(notes))
+
+
+def _read(source: Source, identity: str, progress: Progress) -> Decoded:
+    members, where = open_members(source.path), str(source.path)
+    if source.kind == "cifar_binary":
+        contents, blocks = cifar.read(members, where)
+        return cache.keep(identity, contents, blocks)
+    kept, contents = lay_out(members.names, members.folders, where)
+    size = estimate_bytes(members, kept)
+    if size <= cache.LARGEST:
+        return cache.keep(identity, contents, decode_all(members, kept, where, progress))
+    if not members.random_access:
+        raise InputError(
+            where,
+            expected=f"a compressed archive of at most {cache.LARGEST >> 30} GiB of pixels, or one that can be read at random",
+            found=f"about {size >> 30} GiB in an archive that can only be read from the start",
+            fix="unpack it into a folder, or pack it as a plain .tar",
+        )
+    return Decoded(DecodedOnAccess(members, kept, where), contents)
+
+
+def _label(source: Source) -> str:
+    if source.path.is_file():
+        found = checksums(source.path)
+        known = label_of(found.sha256, found.md5)
+        if known:
+            return known
+    return archive_stem(source.path.resolve())
+
+
+def _with_test(contents: Contents) -> Contents:
+    rest, test = _cut(contents, "all", TEST_SHARE, TEST_SEED)
+    return Contents(contents.classes, contents.labels, {"train": rest, "test": test}, contents.notes)
+
+
+def _with_validation(contents: Contents, share: float, seed: int) -> Contents:
+    rest, validation = _cut(contents, "train", share, seed)
+    return Contents(contents.classes, contents.labels, {**contents.parts, "train": rest, "validation": validation}, contents.notes)
+
+
+def _cut(contents: Contents, part: str, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    positions = contents.parts[part]
+    kept, cut = split_off(contents.labels[positions], share, seed)
+    return positions[kept], positions[cut]
+
+
+def _split(decoded: Decoded, contents: Contents, positions: np.ndarray) -> Split:
+    return Split(Images(decoded.store, positions), contents.labels[positions])
