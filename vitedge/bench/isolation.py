@@ -32,19 +32,28 @@ def time_in_worker(
     batch_sizes: tuple[int, ...],
     timing: TimingSettings,
     seed: int = 0,
+    describe: bool = True,
     silence_s: float = SILENCE_S,
 ) -> list[dict[str, Any]]:
     """One round of one row in a process of its own, at each batch size in ascending order.
 
     Returns:
         What `vitedge.bench.worker.time_row` returns: per batch size batch_size, load_ms,
-        first_inference_ms, warmup_iterations, settled, samples_ns, elapsed_ns, peak_rss_mib, facts.
+        first_inference_ms, warmup_iterations, settled, samples_ns, elapsed_ns, peak_rss_mib, and facts
+        (None without `describe`, which costs about a second).
 
     Raises:
         WorkerError: The process died or fell silent.
         VitedgeError: What went wrong inside, as it was raised there.
     """
-    request = {"action": "time", "row": row.to_plain(), "batch_sizes": list(batch_sizes), "timing": vars(timing), "seed": seed}
+    request = {
+        "action": "time",
+        "row": row.to_plain(),
+        "batch_sizes": list(batch_sizes),
+        "timing": vars(timing),
+        "seed": seed,
+        "describe": describe,
+    }
     answer: list[dict[str, Any]] = run_worker(request, row, silence_s=silence_s)
     return answer
 

@@ -95,7 +95,8 @@ def time_row(request: dict[str, Any], progress: Progress) -> list[dict[str, Any]
 
     Returns:
         Per batch size: batch_size, load_ms, first_inference_ms, warmup_iterations, settled,
-        samples_ns, elapsed_ns, peak_rss_mib and the session's facts.
+        samples_ns, elapsed_ns, peak_rss_mib, and the session's facts where the request's `describe`
+        asks for them (they cost another second), else None.
     """
     import numpy as np
 
@@ -126,7 +127,7 @@ def time_row(request: dict[str, Any], progress: Progress) -> list[dict[str, Any]
                 "samples_ns": timed.samples_ns,
                 "elapsed_ns": timed.elapsed_ns,
                 "peak_rss_mib": peak_rss_mib(),
-                "facts": asdict(session.facts),
+                "facts": asdict(session.facts) if request["describe"] else None,
             }
         )
         del session, run, step
@@ -138,7 +139,7 @@ def judge_row(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Top-1 of one row over a split of a data set.
 
     Returns:
-        predictions (N,), correct (N,) as 0 and 1, top5, and the session's facts.
+        predictions (N,), correct (N,) as 0 and 1, top5, and what results call the data set.
     """
     from vitedge.data import Source, load
     from vitedge.evaluate import evaluate
@@ -155,14 +156,22 @@ def judge_row(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     split = getattr(dataset, data["split"])
     if split is None:
         raise UsageError(f"data {dataset.name}", expected=f"a {data['split']} split", found="none", fix="name another split or data set")
-    images, labels = choose_images(split.images, split.labels, data["samples"], data["sample_seed"])
+    labels = row.artifact.labels
+    if labels and labels != dataset.classes:
+        raise InputError(
+            str(row.artifact.path),
+            expected=f"a data set with the model's {len(labels)} classes in its order ({', '.join(labels[:3])} ...)",
+            found=f"the {len(dataset.classes)} of {dataset.name} ({', '.join(dataset.classes[:3])} ...)",
+            fix="name the data set it was trained on with --data",
+        )
+    images, truth = choose_images(split.images, split.labels, data["samples"], data["sample_seed"])
     session, _ = _load(row, request["batch_size"])
-    quality = evaluate(session, images, labels, contract, request["batch_size"] or 32, progress)
+    quality = evaluate(session, images, truth, contract, request["batch_size"] or 32, progress)
     return {
         "predictions": quality.predictions.tolist(),
         "correct": quality.correct.astype(int).tolist(),
         "top5": quality.top5,
-        "facts": asdict(session.facts),
+        "data": dataset.label,
     }
 
 
