@@ -86,7 +86,7 @@ def keep(identity: str, contents: Contents, batches: Iterable[Sequence[np.ndarra
         OutputError: The cache cannot be written.
     """
     folder = folder_of(identity)
-    with _saying_cache(), artifact.writing(folder) as temporary:
+    with saying_cache(), artifact.writing(folder) as temporary:
         temporary.mkdir()
         shapes, size = [], 0
         with (temporary / "pixels.u8").open("wb") as stream:
@@ -115,7 +115,7 @@ def locked(identity: str, progress: Progress) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = folder_of(identity)
-    with _saying_cache(), artifact.saying_where(folder.parent):
+    with saying_cache(), artifact.saying_where(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock"))
         try:
@@ -133,8 +133,12 @@ def locked(identity: str, progress: Progress) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _saying_cache() -> Iterator[None]:
-    """The cache is moved by its variable, not by -o."""
+def saying_cache() -> Iterator[None]:
+    """Around writing in the cache: it is moved by its variable, not by -o, and the error says so.
+
+    Raises:
+        OutputError: The cache cannot be written.
+    """
     try:
         yield
     except OutputError as error:

@@ -128,6 +128,6 @@ def _header_size(data: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             warnings.simplefilter("ignore")
-            return image.size
+            return int(image.width), int(image.height)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0, 0

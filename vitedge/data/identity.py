@@ -6,9 +6,12 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitedge import artifact
+from vitedge.data.cache import saying_cache
 from vitedge.data.members import FolderMembers
+from vitedge.data.official import COPIES, OFFICIAL
 from vitedge.data.records import Source
 from vitedge.errors import InputError
 from vitedge.locations import cache_dir
@@ -39,25 +42,50 @@ def checksums(path: Path) -> Checksums:
 
     Raises:
         InputError: Not readable.
+        OutputError: The cache cannot be written.
     """
     path = path.resolve()
+    status = _status(path)
+    stamp = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    memory = cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    remembered = _remembered(memory)
+    if {key: remembered.get(key) for key in stamp} == stamp:
+        return Checksums(str(remembered["sha256"]), str(remembered["md5"]))
     try:
-        status = path.stat()
-        stamp = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        memory = cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
-        remembered = _remembered(memory)
-        if {key: remembered.get(key) for key in stamp} == stamp:
-            return Checksums(remembered["sha256"], remembered["md5"])
         found = _read_through(path)
     except OSError as error:
-        raise InputError(
-            str(path), expected="a file that can be read", found=str(error.strerror), fix="check the path and its permissions"
-        ) from error
-    artifact.write_json(memory, {**stamp, "sha256": found.sha256, "md5": found.md5})
+        raise _unreadable(path, error) from error
+    with saying_cache():
+        artifact.write_json(memory, {**stamp, "sha256": found.sha256, "md5": found.md5})
     return found
 
 
-def _remembered(memory: Path) -> dict[str, str]:
+def check(source: Source) -> str:
+    """Compare a file that bears a published archive's name with the published checksum.
+
+    Returns:
+        What the bytes are known by, in words.
+
+    Raises:
+        InputError: The name is an official one and the bytes are not.
+    """
+    if source.path.is_dir():
+        return "a folder: there is no checksum to compare"
+    found = checksums(source.path)
+    for official in OFFICIAL.values():
+        if found.md5 == official.md5:
+            return "md5 as published"
+        if source.path.name == official.file_name:
+            raise InputError(
+                str(source.path),
+                expected=f"md5 {official.md5}",
+                found=f"md5 {found.md5}",
+                fix="remove the file and fetch it again, or rename it",
+            )
+    return "sha256 of a known copy" if found.sha256 in COPIES else "no published checksum for this file"
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
     try:
         content = artifact.read_json(memory)
     except InputError:
@@ -80,6 +108,19 @@ def _digest_folder(root: Path) -> str:
     for name in sorted(members.folders):
         total.update(f"{name}/\0".encode("utf-8", "surrogateescape"))
     for name in sorted(members.names):
-        status = os.stat(root / name)
+        status = _status(root / name)
         total.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        str(path), expected="a file that can be read", found=str(error.strerror), fix="check it and its permissions, or remove it"
+    )

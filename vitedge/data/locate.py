@@ -49,7 +49,7 @@ def find(name: str, option: str | None = None, download: bool = True, progress: 
 
         path = fetch(OFFICIAL[name], cache_dir() / "data", progress)
         return Source(name, path, kind_of(path))
-    raise _not_found(name)
+    raise _not_found(name, may_fetch=not download)
 
 
 def candidates(name: str, folder: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def _held_in(folders: list[Path]) -> list[str]:
     )
 
 
-def _not_found(name: str) -> UsageError:
+def _not_found(name: str, may_fetch: bool) -> UsageError:
     folders = _folders()
     held = sorted({*OFFICIAL, *_held_in(folders)})
     known = OFFICIAL.get(name)
@@ -160,5 +160,6 @@ def _not_found(name: str) -> UsageError:
         f"data set '{name}'",
         expected=f"a path, or one of {', '.join(held)}",
         found=f"nothing of that name in {' or '.join(str(folder) for folder in folders)}{closest(name, held) if known is None else ''}",
-        fix=f"put {called} into {folders[0]} (or set VITEDGE_DATA to its folder), or give --data PATH",
+        fix=f"put {called} into {folders[0]} (or set VITEDGE_DATA to its folder), or give --data PATH"
+        + (f", or run `vitedge data fetch {name}`" if known and may_fetch else ""),
     )

@@ -95,7 +95,7 @@ class FolderMembers:
         self.folders: list[str] = []
         seen: set[tuple[int, int]] = set()
         for folder, folders, files in os.walk(root, followlinks=True, onerror=_cannot_list):
-            status = os.stat(folder)
+            status = Path(folder).stat()
             if (status.st_dev, status.st_ino) in seen:
                 raise InputError(folder, expected="each folder once", found="a link to a folder read before", fix="remove the link")
             seen.add((status.st_dev, status.st_ino))
