@@ -30,9 +30,9 @@ def command() -> None:
 @click.argument("name")
 @json_option
 def fetch(name: str, as_json: bool) -> None:
-    """Put the data set NAME in the cache, checked and decoded, and say where it is.
+    """Put a data set in the cache, checked and decoded.
 
-    What is there already, in VITEDGE_DATA or the cache, is checked and kept. An interrupted download
+    Says where it is. What is there already, in VITEDGE_DATA or the cache, is checked and kept. An interrupted download
     goes on where it stopped.
     """
     from vitedge.data import find
@@ -53,7 +53,10 @@ def fetch(name: str, as_json: bool) -> None:
 @data_option
 @json_option
 def info(name: str, data: str | None, as_json: bool) -> None:
-    """Say what is in a data set: classes, images per split, sizes, mean and std of the pixels."""
+    """Say what is in a data set.
+
+    Its classes, images per split, image sizes, and mean and standard deviation of the pixels.
+    """
     from dataclasses import asdict
     from pathlib import Path
 

@@ -103,6 +103,12 @@ def _looks_like_path(text: str) -> bool:
 def _source_at(path: Path) -> Source:
     if not path.exists():
         raise UsageError(str(path), expected="a data set: a folder or an archive", found="no such file or folder", fix="check the path")
+    archives = sorted(path.glob("*")) if path.is_dir() and not _is_dataset(path) else []
+    archives = [child for child in archives if child.name.endswith(ARCHIVE_SUFFIXES)]
+    if archives:
+        raise UsageError(
+            str(path), expected="one data set", found=f"a folder of {len(archives)} archives", fix=f"name one, as {archives[0]}"
+        )
     return Source(archive_stem(path.resolve()), path, kind_of(path))
 
 
@@ -146,9 +152,8 @@ def _top_names(folder: Path) -> list[PurePosixPath]:
 
 
 def _held_in(folders: list[Path]) -> list[str]:
-    return sorted(
-        {archive_stem(path) for folder in folders if folder.is_dir() for path in folder.iterdir() if not path.name.startswith(".")}
-    )
+    inside = [path for folder in folders if folder.is_dir() for path in folder.iterdir() if not path.name.startswith(".")]
+    return sorted({archive_stem(path) for path in inside if path.is_dir() or path.name.endswith(ARCHIVE_SUFFIXES)})
 
 
 def _not_found(name: str, may_fetch: bool) -> UsageError:
