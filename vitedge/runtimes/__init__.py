@@ -6,11 +6,18 @@ Shapes: B batch, C channels, H height, W width; logits_BC has C classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from vitedge.errors import InputError, UnavailableError
+
+if TYPE_CHECKING:
+    from vitedge.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,23 @@ class Session:
     """A loaded model.
 
     Attributes:
-        facts: What was really got.
+        describe: Finds out what was really got. What must be refused is refused by `load`; this may cost
+            a second, but neither memory of this process nor a change of what is timed.
         input_shape: Of the model's input; None where a dimension is dynamic.
-        run: float32 BCHW to logits BC.
+        run: float32 BCHW to logits BC. Raises InputError for an input the model does not take.
     """
 
-    facts: Facts
+    describe: Callable[[], Facts]
     input_shape: tuple[int | None, ...]
     run: Callable[[np.ndarray], np.ndarray]
 
+    @cached_property
+    def facts(self) -> Facts:
+        """What was really got, found out when first asked for."""
+        return self.describe()
+
     def __call__(self, x_BCHW: np.ndarray) -> np.ndarray:
+        """`run`."""
         return self.run(x_BCHW)
 
 
@@ -79,23 +93,89 @@ class Availability:
         version: Its version, None where it is not installed.
         providers: Where it can run, in its own names.
         reason: Why it cannot be used, empty where it can.
+        fix: What to do about that.
+        absent: Providers vitedge knows that cannot be used here, each with why.
     """
 
     version: str | None
     providers: tuple[str, ...] = ()
     reason: str = ""
+    fix: str = ""
+    absent: dict[str, str] = field(default_factory=dict)
 
 
 class Runtime(Protocol):
     """What a module of this folder offers.
 
     `FORMATS` are the artifact formats it opens; `HEAVY` the package it needs, which is imported
-    inside its functions only.
+    inside its functions only; `EXTRA` the extra of vitedge that installs it, None for a core dependency.
     """
 
     FORMATS: tuple[str, ...]
     HEAVY: str
+    EXTRA: str | None
 
-    def available(self) -> Availability: ...
+    def available(self) -> Availability:
+        """Version and providers here; must not fail, and must not import torch."""
 
-    def load(self, artifact: Any, target: Target) -> Session: ...
+    def refusal(self, provider: str, precision: str, isa: tuple[str, ...]) -> str:
+        """Why a provider cannot run at a float precision on a processor with these instruction sets; empty where it can."""
+
+    def load(self, artifact: Artifact, target: Target) -> Session:
+        """A session that got what was asked.
+
+        Raises:
+            InputError: The file is not a model, or not one that can run so.
+            UnavailableError: The engine, the provider or the precision is not to be had here.
+        """
+
+
+def check_request(runtime: str, formats: tuple[str, ...], here: Availability, artifact: Artifact, target: Target) -> None:
+    """Refuse what a runtime cannot do before it is tried.
+
+    Raises:
+        InputError: An artifact of a format the runtime does not open.
+        UnavailableError: The runtime is not installed, or has no such provider here.
+    """
+    if here.version is None:
+        raise UnavailableError(f"runtime {runtime}", expected=f"{runtime} installed", found=here.reason, fix=here.fix)
+    if target.provider not in here.providers:
+        why = here.absent.get(target.provider, f"it has {', '.join(here.providers)}")
+        raise UnavailableError(
+            f"runtime {runtime}", expected=f"the provider {target.provider}", found=why, fix="name another provider in the device profile"
+        )
+    if artifact.format not in formats:
+        raise InputError(
+            str(artifact.path),
+            expected=f"a file that {runtime} opens ({', '.join(formats)})",
+            found=f"format {artifact.format}",
+            fix="choose another runtime or artifact",
+        )
+
+
+def wrong_input(artifact: Artifact, wanted: tuple[int | None, ...], x_BCHW: np.ndarray, error: BaseException) -> InputError:
+    """The error for an array that a model does not take."""
+    return InputError(
+        str(artifact.path),
+        expected=f"float32 {' x '.join('free' if side is None else str(side) for side in wanted)}",
+        found=f"{np.asarray(x_BCHW).dtype} {' x '.join(map(str, np.shape(x_BCHW)))} ({brief(error)})",
+        fix="feed what the model takes",
+    )
+
+
+def refused(runtime: str, target: Target, why: str) -> UnavailableError:
+    """The error for a float precision that a provider does not have."""
+    return UnavailableError(
+        f"runtime {runtime}",
+        expected=f"{target.precision} on {target.provider}",
+        found=why,
+        fix="ask for fp32, or give the device profile precisions that this host has",
+    )
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an engine's message that says something, short enough for one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from ")]
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]) if lines else type(error).__name__
+    # A message that only opens a list says nothing without its next line.
+    return (f"{text} {lines[1]}" if text.endswith(":") and len(lines) > 1 else text)[:200]
