@@ -24,7 +24,7 @@ from torch import nn
 from vitedge.artifact import Artifact, hash_files, writing
 from vitedge.errors import GateError, VitedgeError
 from vitedge.evaluate import parity
-from vitedge.graph import fix_batch, strip_metadata
+from vitedge.graph._run import run_passes
 from vitedge.host import tool_versions
 from vitedge.model_file import write_contract
 from vitedge.preprocess import Preprocessing
@@ -33,7 +33,8 @@ from vitedge.runtimes import Target
 from vitedge.runtimes import onnxruntime as engine
 
 INPUT, OUTPUT = "pixels", "logits"
-VERSION = 1
+# The exporter writes GELU so that ONNX Runtime does not recognise it; the second pass puts its factors in order.
+PASSES = ("strip_metadata", "reorder_gelu")
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ def export(job: ExportJob) -> tuple[Artifact, Artifact]:
     with torch.inference_mode():
         reference_BC = torch.cat([job.model(x) for x in torch.from_numpy(job.x_BCHW).split(32)]).numpy()
     proto = to_onnx(job.model, job.contract.size, job.config.opset)
-    stripped = strip_metadata.apply(proto).changed
+    results = run_passes(proto, PASSES, {INPUT: job.x_BCHW[:4]})
     write_contract(proto, job.contract, job.labels)
-    dynamic = _save(job, proto, "model.fp32.onnx", reference_BC, {"stripped_entries": stripped})
+    dynamic = _save(job, proto, "model.fp32.onnx", reference_BC, {"passes": {name: result.changed for name, result in zip(PASSES, results, strict=True)}})
     static_proto = onnx.ModelProto()
     static_proto.CopyFrom(proto)
-    fix_batch.apply(static_proto, batch_size=1)
+    run_passes(static_proto, ["fix_batch"], {INPUT: job.x_BCHW[:1]})
     static = _save(job, static_proto, "model.fp32.batch1.onnx", reference_BC, {"variant_of": dynamic.name, "batch_size": 1})
     return dynamic, static
 
