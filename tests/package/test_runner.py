@@ -1,0 +1,163 @@
+"""The travelling program: in its own folder, with neither vitedge nor torch to be had."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vitedge.preprocess
+from tests.tiny import CONTRACT, LABELS, logits
+from vitedge.host import ISA_FLAGS, isa_flags
+from vitedge.package import runner
+
+# Runs a program with some packages made impossible to import; -I keeps the checkout off the path.
+BLOCKER = """
+import runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked")
+sys.meta_path.insert(0, Blocked())
+sys.argv = ["run.py", *{arguments!r}]
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def unpacked(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def own_copy(bundle: Path, tmp_path: Path) -> Path:
+    """An unpacked bundle that a test may spoil."""
+    with zipfile.ZipFile(bundle) as archive:
+        archive.extractall(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def program(folder: Path, *arguments: str, blocked: tuple[str, ...] = ("vitedge", "torch", "pydantic", "yaml", "onnx", "click")) -> Any:
+    code = BLOCKER.format(blocked=blocked, arguments=arguments, program=str(folder / "run.py"))
+    return subprocess.run([sys.executable, "-I", "-c", code], cwd="/", capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_selftest_runs_without_vitedge_and_torch(unpacked: Path) -> None:
+    before = sorted(unpacked.rglob("*"))
+    done = program(unpacked, "--selftest")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("selftest ok: 4 golden pictures in onnxruntime fp32")
+    assert sorted(unpacked.rglob("*")) == before
+
+
+def test_pictures_get_the_classes_of_the_float64_reference(unpacked: Path, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (11, 13, 3), dtype=np.uint8))
+    picture.save(tmp_path / "picture.png")
+    scores = logits(CONTRACT([picture]))[0]
+    expected = np.exp(scores) / np.exp(scores).sum()
+    done = program(unpacked, str(tmp_path / "picture.png"), "--top", "4", "--json")
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout)["images"]
+    assert [p["label"] for p in answer["predictions"]] == [LABELS[index] for index in np.argsort(-expected)]
+    np.testing.assert_allclose([p["probability"] for p in answer["predictions"]], np.sort(expected)[::-1], rtol=1e-4)
+
+
+def test_text_is_a_label_and_a_probability_per_line(unpacked: Path) -> None:
+    done = program(unpacked, str(unpacked / "golden/00.png"), str(unpacked / "golden/01.png"), "--top", "2")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 6 and lines[0].endswith("00.png:") and lines[3].endswith("01.png:")
+    label, probability = lines[1].split("  ")
+    assert label in LABELS and 0 < float(probability) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        ((), 2, "found nothing"),
+        (("--selftest", "picture.png"), 2, "found both"),
+        (("--top", "0", "picture.png"), 2, "below 1"),
+        (("--top", "many", "picture.png"), 2, "invalid int value"),
+        (("--frobnicate",), 2, "unrecognized arguments"),
+        (("/nowhere/picture.png",), 1, "No such file"),
+        (("run.py-is-no-picture",), 1, "No such file"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], code: int, says: str, unpacked: Path) -> None:
+    done = program(unpacked, *arguments)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr
+
+
+def test_a_file_that_is_no_picture(unpacked: Path) -> None:
+    done = program(unpacked, str(unpacked / "labels.txt"))
+    assert done.returncode == 1
+    assert "expected a picture" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_changed_model_is_not_loaded(own_copy: Path) -> None:
+    with (own_copy / "model.onnx").open("ab") as stream:
+        stream.write(b"\0")
+    done = program(own_copy, "--selftest")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: model.onnx: expected sha256") and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_missing_file_is_named(own_copy: Path) -> None:
+    (own_copy / "labels.txt").unlink()
+    done = program(own_copy, "--selftest")
+    assert done.returncode == 1 and done.stderr.startswith("error: labels.txt: expected a file of the bundle")
+
+
+def edit(folder: Path, **fields: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_lacking_instruction_set_is_refused_before_loading(own_copy: Path) -> None:
+    edit(own_copy, isa={"arch": "any", "needed": [["avx9000", "neon9000"]], "packaged_on": []})
+    done = program(own_copy, "--selftest", blocked=("vitedge", "torch", "onnxruntime", "numpy"))
+    assert done.returncode == 4 and "avx9000 or neon9000" in done.stderr
+
+
+def test_a_missing_engine_names_the_pip_line(own_copy: Path) -> None:
+    done = program(own_copy, "--selftest", blocked=("vitedge", "onnxruntime"))
+    assert done.returncode == 4
+    assert "run: pip install numpy Pillow onnxruntime==" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema_version": 9}', '{"schema_version": 1}'])
+def test_a_damaged_manifest_is_one_line(text: str, own_copy: Path) -> None:
+    (own_copy / "manifest.json").write_text(text)
+    done = program(own_copy, "--selftest", "--json")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert json.loads(done.stdout)["error"]["exit_code"] == 1
+
+
+def test_the_program_knows_the_instruction_sets_that_vitedge_names() -> None:
+    flags = runner.host_flags()
+    assert flags is not None
+    here = {name for name in ISA_FLAGS if not runner.missing_instructions([[name]], flags)}
+    assert here == set(isa_flags())
+
+
+@pytest.mark.parametrize("module", [runner, vitedge.preprocess])
+def test_what_travels_is_python_3_8_and_imports_nothing_of_vitedge(module: Any) -> None:
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    tree = ast.parse(source, feature_version=(3, 8))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name for name in imported if name.split(".")[0] in ("vitedge", "torch")}
+    # Methods and functions that came after 3.8, which parsing does not notice.
+    assert not {"removeprefix", "removesuffix", "is_relative_to"} & {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
