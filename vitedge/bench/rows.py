@@ -80,7 +80,12 @@ def find_candidates(paths: Sequence[Path], build: Path) -> tuple[list[Candidate]
                 skipped.append(Skipped(artifact.name, "", "", reason, failed=True))
             else:
                 candidates.append(Candidate(artifact, folder))
-    candidates.extend(_named(path) for path in paths if path not in folders)
+    listed = {candidate.artifact.path.resolve() for candidate in candidates}
+    for path in dict.fromkeys(paths):
+        if path not in folders:
+            named = _named(path)
+            if named.artifact.path.resolve() not in listed:
+                candidates.append(named)
     if not candidates and not skipped:
         raise UsageError(
             str(build) if not paths else ", ".join(str(path) for path in paths),
@@ -157,6 +162,32 @@ def choose_uses(artifact: Artifact, uses: Sequence[Use]) -> list[Use]:
         usable = [use for use in own if not use[2]]
         chosen.extend(usable[-1:] or own[:1])
     return chosen
+
+
+def one_row(candidate: Candidate, device: Device, uses: Sequence[Use], precision: str | None, threads: int) -> Row:
+    """The first way a file can be run, at a float precision if one is asked for.
+
+    Args:
+        candidate: The file.
+        device: The profile.
+        uses: What of it can be used here, runtimes that are not wanted left out.
+        precision: fp32 | bf16 | fp16; None for the first listed, which is the baseline.
+        threads: Intra-operator threads.
+
+    Raises:
+        UnavailableError: Nothing here runs it so; says why.
+    """
+    artifact = candidate.artifact
+    # An explicit precision goes before the default choice: int8 with fp32 for the rest is a fair question.
+    chosen = choose_uses(artifact, [use for use in uses if precision in (None, use[1])])
+    for use, float_precision, reason in chosen:
+        if not reason:
+            return Row(artifact, use.runtime, use.provider, float_precision, threads, dict(device.environment))
+    reasons = [Skipped(artifact.name, use.runtime, asked, reason) for use, asked, reason in chosen]
+    raise nothing_runs(
+        device,
+        reasons or [Skipped(artifact.name, "", "", f"no runtime listed that opens {_kind(artifact)} at {precision or 'any precision'}")],
+    )
 
 
 def _kind(artifact: Artifact) -> str:

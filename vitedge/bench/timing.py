@@ -85,7 +85,8 @@ def warm_up(step: Callable[[], object], limit_seconds: float, clock: Clock = tim
 def time_iterations(step: Callable[[], object], iterations: int, seconds: float, clock: Clock = time.perf_counter_ns) -> Timed:
     """Time at least `iterations` inferences and at least `seconds`, each on its own.
 
-    The garbage collector is off meanwhile: its pauses belong to Python, not to the model.
+    The garbage collector is off meanwhile: its pauses belong to Python, not to the model. Its last
+    run cools the caches, so one inference after it is not timed.
     """
     samples: list[int] = []
     span = round(seconds * 1e9)
@@ -93,6 +94,7 @@ def time_iterations(step: Callable[[], object], iterations: int, seconds: float,
     gc.collect()
     gc.disable()
     try:
+        step()
         began = clock()
         while True:
             start = clock()

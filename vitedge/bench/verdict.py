@@ -91,7 +91,7 @@ def judge(measurements: Sequence[Measurement], parents: dict[str, str], schemes:
     for measurement in measurements:
         baseline = find_baseline(measurement, measurements, parents, schemes)
         if baseline is None:
-            verdict = Verdict("unknown", cause=f"no fp32 row of {measurement.runtime} at batch {measurement.batch_size} in this run")
+            verdict = Verdict("unknown", cause=f"this run has not one fp32 row of {measurement.runtime} that it could be compared with")
         elif baseline is measurement:
             verdict = Verdict("baseline", 1.0)
         else:

@@ -1,0 +1,1 @@
+"""Measurements for people and programs: the terminal table, and JSON."""
