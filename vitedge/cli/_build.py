@@ -34,7 +34,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def open_pipeline(recipe: str, output: Path | None, data: str | None, weights: str | None, device: str, seed: int | None, overwrite: bool) -> Pipeline:
     """The pipeline that the options ask for; a device that is not here is refused before any work."""
-    from vitedge.device import load_device, require_host
+    from vitedge.device import load_device, require_accelerator
     from vitedge.host import probe_host
     from vitedge.pipeline import Pipeline
     from vitedge.recipe import load_recipe
@@ -43,7 +43,7 @@ def open_pipeline(recipe: str, output: Path | None, data: str | None, weights: s
     if seed is not None:
         story = story.model_copy(update={"seed": seed})
     profile = load_device(device)
-    require_host(profile, probe_host())
+    require_accelerator(profile, probe_host())
     return Pipeline(story, profile, output or Path("build") / story.name, data, weights, overwrite)
 
 

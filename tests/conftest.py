@@ -1,0 +1,55 @@
+"""What every test gets: a cache of its own, no data or weights from the environment unless it asks, and a small made data set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, or a skip that says so."""
+    return _folder("VITEDGE_DATA_FOR_TESTS", "VITEDGE_DATA")
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> Path:
+    """The folder of real weights, or a skip that says so."""
+    return _folder("VITEDGE_WEIGHTS_FOR_TESTS", "VITEDGE_WEIGHTS")
+
+
+def _folder(kept: str, variable: str) -> Path:
+    if kept not in os.environ:
+        pytest.skip(f"{variable} is not set")
+    return Path(os.environ[kept])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The user's cache, data and weights must not decide what a test sees; real ones are asked for by fixture."""
+    for variable in ("VITEDGE_DATA", "VITEDGE_WEIGHTS"):
+        if variable in os.environ:
+            os.environ[f"{variable}_FOR_TESTS"] = os.environ.pop(variable)
+    os.environ["VITEDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A labelled image folder of three colours that any model learns: 40 train and 12 test images a class, 16 px."""
+    root = tmp_path_factory.mktemp("data") / "colours"
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 12)):
+        for channel, name in enumerate(reversed(CLASSES)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 90, size=(16, 16, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 120
+                Image.fromarray(pixels).save(folder / f"{index:04}.png")
+    return root

@@ -1,0 +1,147 @@
+"""The stages: what runs, what is reused and why, and that nothing half-written is ever left under a final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.recipes_for_tests import write_recipe
+from vitedge.artifact import Manifest, hash_files
+from vitedge.cli.main import run
+
+FILES = ("checkpoint.safetensors", "model.fp32.onnx", "model.fp32.batch1.onnx", "model.int8_dynamic.onnx", "model.int8_static.onnx", "openvino.int8_static")
+
+
+def export(*args: object, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    assert run(["export", *map(str, args), "--json"]) == 0, capsys.readouterr().err
+    out: dict[str, object] = json.loads(capsys.readouterr().out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> tuple[Path, Path]:
+    """The small recipe, built once."""
+    folder = tmp_path_factory.mktemp("built")
+    recipe = write_recipe(folder, colours)
+    assert run(["export", "--recipe", str(recipe), "-o", str(folder / "out")]) == 0
+    return recipe, folder / "out"
+
+
+def actions(result: dict[str, object]) -> dict[str, str]:
+    return {stage["stage"]: stage["action"] for stage in result["stages"]}  # type: ignore[attr-defined]
+
+
+def test_everything_is_built_with_hash_parent_contract_and_labels(built: tuple[Path, Path]) -> None:
+    manifest = Manifest.load(built[1])
+    assert tuple(sorted(manifest.artifacts)) == tuple(sorted(FILES))
+    fp32 = manifest.artifacts["model.fp32.onnx"]
+    for artifact in manifest.artifacts.values():
+        assert hash_files(list(artifact.files)) == artifact.sha256
+        assert sum(path.stat().st_size for path in artifact.files) == artifact.size_bytes
+        assert artifact.labels == ("blue", "green", "red")
+        assert artifact.contract() == fp32.contract()
+        assert artifact.recipe == "small"
+        if artifact.scheme != "fp32":
+            assert artifact.parent == fp32.sha256
+            assert artifact.size_bytes < fp32.size_bytes
+    assert fp32.parent == manifest.artifacts["checkpoint.safetensors"].sha256
+    assert fp32.notes["parity"]["max_abs_err"] < 1e-3
+    assert not list(built[1].glob(".*.part")) and not (built[1] / ".work").exists()
+    steps = manifest.artifacts["checkpoint.safetensors"].notes["steps"]
+    assert steps[0]["train"]["validation_top1"] > 90.0
+
+
+def test_a_second_export_reuses_everything_without_torch(built: tuple[Path, Path]) -> None:
+    code = (
+        "import sys\nfrom vitedge.cli.main import run\n"
+        f"code = run(['export', '--recipe', {str(built[0])!r}, '-o', {str(built[1])!r}, '--json'])\n"
+        "assert code == 0 and not {'torch', 'openvino', 'nncf', 'onnxruntime'} & set(sys.modules), set(sys.modules)\n"
+    )
+    before = {path: path.stat().st_mtime_ns for path in built[1].rglob("*.*") if path.name not in ("recipe.yaml", ".lock")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert set(actions(json.loads(done.stdout)).values()) == {"reuse"}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    ("changes", "run_stages", "reason"),
+    [
+        ({"quantize": {"calibration": {"images": 8}, "schemes": ["onnxruntime.int8_dynamic", "onnxruntime.int8_static"]}}, {"quantize onnxruntime.int8_static"}, "calibration changed"),
+        ({"export": {"parity_images": 9}}, {"export", "quantize onnxruntime.int8_dynamic", "quantize onnxruntime.int8_static", "quantize openvino.int8_static"}, "export changed"),
+        ({"seed": 1}, {"checkpoint", "export", "quantize onnxruntime.int8_dynamic", "quantize onnxruntime.int8_static", "quantize openvino.int8_static"}, "seed changed"),
+        ({"limits": {"max_top1_drop": 1.0}, "description": "other words"}, set(), ""),
+    ],
+)
+def test_only_what_a_change_touches_is_stale(
+    built: tuple[Path, Path], colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], run_stages: set[str], reason: str
+) -> None:
+    recipe = write_recipe(tmp_path, colours, **changes)
+    result = export("--recipe", recipe, "-o", built[1], "--dry-run", capsys=capsys)
+    assert {stage for stage, action in actions(result).items() if action == "run"} == run_stages
+    assert reason in json.dumps(result["stages"])
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, colours)
+    result = export("--recipe", recipe, "-o", tmp_path / "out", "--dry-run", capsys=capsys)
+    assert set(actions(result).values()) == {"run"} and not (tmp_path / "out").exists()
+    assert all(stage["seconds_estimated"] > 0 for stage in result["stages"])  # type: ignore[attr-defined]
+
+
+def test_a_file_changed_by_hand_is_built_again(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, colours, quantize={"schemes": ["onnxruntime.int8_dynamic"]}, steps=[{"train": {"steps": 2, "precision": "fp32"}}])
+    export("--recipe", recipe, "-o", tmp_path / "out", capsys=capsys)
+    file = tmp_path / "out" / "model.int8_dynamic.onnx"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    result = export("--recipe", recipe, "-o", tmp_path / "out", capsys=capsys)
+    assert actions(result) == {"checkpoint": "reuse", "export": "reuse", "quantize onnxruntime.int8_dynamic": "run"}
+    assert file.read_bytes() == good
+    (tmp_path / "out" / "model.fp32.onnx").unlink()
+    again = export("--recipe", recipe, "-o", tmp_path / "out", capsys=capsys)
+    assert actions(again)["export"] == "run" and actions(again)["checkpoint"] == "reuse"
+    assert file.read_bytes() == good
+
+
+def test_killed_at_any_moment_the_next_call_goes_on(tmp_path: Path, colours: Path, built: tuple[Path, Path]) -> None:
+    recipe = write_recipe(tmp_path, colours)
+    command = [sys.executable, "-m", "vitedge", "export", "--recipe", str(recipe), "-o", str(tmp_path / "out")]
+    work = tmp_path / "out" / ".work"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "CI": "1"})
+    deadline = time.monotonic() + 120
+    while not list(work.rglob("train.state.pt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert tuple(sorted(Manifest.load(tmp_path / "out").artifacts)) == tuple(sorted(FILES))
+    # Bit-exact: the interrupted run ends with the uninterrupted one's weights.
+    assert (tmp_path / "out" / "checkpoint.safetensors").read_bytes() == (built[1] / "checkpoint.safetensors").read_bytes()
+
+
+def test_train_alone_writes_the_checkpoint_that_export_reuses(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, colours, quantize={}, steps=[{"train": {"steps": 2, "precision": "fp32"}}, {"train": {"steps": 3, "precision": "fp32"}}])
+    assert run(["train", "--recipe", str(recipe), "-o", str(tmp_path / "out"), "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["checkpoint"]["notes"]
+    assert [step["train"]["steps"] for step in notes["steps"]] == [2, 3]
+    result = export("--recipe", recipe, "-o", tmp_path / "out", capsys=capsys)
+    assert actions(result) == {"checkpoint": "reuse", "export": "run"}
+
+
+def test_a_folder_with_other_files_is_kept(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, colours)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert run(["export", "--recipe", str(recipe), "-o", str(tmp_path / "mine")]) == 2
+    assert "expected an empty folder or one that vitedge built" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir() if path.name != ".lock"] == ["thesis.txt"]
