@@ -90,13 +90,13 @@ def main() -> None:
             print(f"run {turn + 1}: vitedge {ours[-1]:.2f} it/s, benchmark_app {theirs[-1]:.2f} it/s")
     ratio = median(ours) / median(theirs)
     agrees = abs(ratio - 1) <= args.tolerance
-    print(
-        f"median: vitedge {median(ours):.2f} it/s, benchmark_app {median(theirs):.2f} it/s, ratio {ratio:.4f} ({'agrees' if agrees else 'DIFFERS'})"
-    )
+    said = "agrees" if agrees else "DIFFERS"
+    print(f"median: vitedge {median(ours):.2f} it/s, benchmark_app {median(theirs):.2f} it/s, ratio {ratio:.4f} ({said})")
     versions = tool_versions(["openvino"])
     print(
-        f"{artifact.name}, batch {args.batch_size}, {args.precision}, {threads} threads, latency hint, 1 stream, sync; {host.cpu}, "
-        f"load {host.load_average[0]:.2f} before; {args.runs} alternating runs of {args.seconds:g} s; openvino {versions.get('openvino')}, commit {commit()}"
+        f"{artifact.name}, batch {args.batch_size}, {args.precision}, {threads} threads, latency hint, 1 stream, sync; "
+        f"{args.runs} alternating runs of {args.seconds:g} s; {host.cpu}, load {host.load_average[0]:.2f} before; "
+        f"openvino {versions.get('openvino')}, commit {commit()}"
     )
     if args.json:
         figures = {
