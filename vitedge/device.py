@@ -189,7 +189,7 @@ def usable_runtimes(device: Device, host: HostFacts) -> list[tuple[RuntimeUse, s
     Returns:
         In the profile's order: the runtime, a float precision, and the reason it cannot be had; empty where it can.
     """
-    rows = []
+    rows: list[tuple[RuntimeUse, str, str]] = []
     for use in device.runtimes:
         engine = host.engines[use.runtime]
         for precision in use.precisions:

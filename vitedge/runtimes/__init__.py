@@ -175,7 +175,7 @@ def refused(runtime: str, target: Target, why: str) -> UnavailableError:
 
 def brief(error: BaseException) -> str:
     """The first line of an engine's message that says something, short enough for one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Exception from ")]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(("Exception from ", "Check '"))]
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]) if lines else type(error).__name__
     # A message that only opens a list says nothing without its next line.
     return (f"{text} {lines[1]}" if text.endswith(":") and len(lines) > 1 else text)[:200]
