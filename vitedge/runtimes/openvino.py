@@ -200,6 +200,7 @@ def _describe(compiled: Any, artifact: Artifact, properties: dict[str, Any]) -> 
     from_file = _core().read_model(str(artifact.path))
     types = {node.get_friendly_name(): node.get_type_name() for node in from_file.get_ops()}
     int8_products = {node.get_friendly_name() for node in from_file.get_ops() if _has_quantized_inputs(node)}
+    hint = _HINTS.get(properties["precision"], "f32")
     kinds: list[str] = []
     quantizers = 0
     for node in compiled.get_runtime_model().get_ordered_ops():
@@ -212,8 +213,7 @@ def _describe(compiled: Any, artifact: Artifact, properties: dict[str, Any]) -> 
         elif layer == "Subgraph":
             names = info["originalLayersNames"].astype(str).split(",")
             products = [name for name in names if types.get(name) == "MatMul"]
-            kinds += ["i8" if name in int8_products else kind if kind in _TYPES else "f32" for name in products]
-            quantizers += 0 if products else sum(types.get(name) == "FakeQuantize" for name in names)
+            kinds += ["i8" if name in int8_products else kind if kind in _TYPES else hint for name in products]
     counts = {
         "int8": sum(kind in _INT8 for kind in kinds),
         "float": sum(kind in _TYPES for kind in kinds),
