@@ -20,6 +20,7 @@ import vitedge.errors
 from vitedge.artifact import saying_where
 from vitedge.bench.records import Row
 from vitedge.bench.timing import TimingSettings
+from vitedge.bench.worker import PREFIX
 from vitedge.errors import VitedgeError, WorkerError
 from vitedge.progress import Progress, silent
 
@@ -124,7 +125,9 @@ def _converse(process: subprocess.Popen[bytes], request: dict[str, Any], progres
                 return {"exit": process.wait(timeout=silence_s)}
             *lines, pending = (pending + block).split(b"\n")
             for line in lines:
-                message: dict[str, Any] = json.loads(line)
+                if not line.startswith(PREFIX.encode()):
+                    continue
+                message: dict[str, Any] = json.loads(line[len(PREFIX) :])
                 if "progress" not in message:
                     return message
                 progress(*message["progress"])

@@ -2,8 +2,8 @@
 
 One process measures one row, so that no engine sees another's threads, memory or allocator state.
 The last line it writes is `{"result": ...}` or `{"error": ...}`; lines before it are
-`{"progress": [done, total]}`. Engines print to stdout when they please: descriptor 1 is pointed at
-stderr before any is imported, and the answer goes out on a private copy of it.
+`{"progress": [done, total, text]}`. Each starts with `PREFIX`. Engines print to stdout when they please:
+descriptor 1 is pointed at stderr before any is imported, and the answer goes out on a private copy of it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from vitedge.bench.records import Row
 from vitedge.bench.timing import TimingSettings, time_iterations, warm_up
 from vitedge.errors import InputError, UsageError, VitedgeError
 from vitedge.progress import Progress
+
+PREFIX = "vitedge-worker "  # what starts without it was printed by something else, at the interpreter's start
 
 
 def claim_stdout() -> IO[str]:
@@ -195,7 +197,7 @@ def main() -> None:
     channel = claim_stdout()
 
     def send(content: dict[str, Any]) -> None:
-        channel.write(json.dumps(content) + "\n")
+        channel.write(f"{PREFIX}{json.dumps(content)}\n")
         channel.flush()
 
     def progress(done: float, total: float, text: str = "") -> None:
