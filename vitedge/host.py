@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitedge import plugins
+from vitedge.device import Device
 
 if TYPE_CHECKING:
     from vitedge.runtimes import Availability
@@ -41,6 +42,7 @@ ISA_FLAGS = tuple(dict.fromkeys(_ISA_NAMES.values()))
 ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 # Names of one processor family; the first is ours.
 _ARCHITECTURES = (("x86_64", "amd64"), ("aarch64", "arm64"))
+KNOWN_ARCHITECTURES = tuple(names[0] for names in _ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,61 @@ def probe_host() -> Host:
 def probe_engines() -> dict[str, Availability]:
     """What each runtime says of itself, by its name; imports engines where only they know their providers."""
     return {name: plugins.load("runtimes", name).available() for name in plugins.names("runtimes")}
+
+
+def device_profile(host: Host, name: str, said: str) -> Device:
+    """The profile of a probed host: what it is, and every runtime that can be used on it.
+
+    Args:
+        host: From `probe`, engines included.
+        name: Of the profile.
+        said: When and by what it was probed; goes under `source`.
+    """
+    signed = host.arch != "x86_64"
+    plain = {
+        "name": name,
+        "description": f"{host.cpu}, {host.usable_cores} usable cores, {host.memory_mib} MiB",
+        "arch": host.arch if host.arch in KNOWN_ARCHITECTURES else "any",
+        "cpu": host.cpu,
+        "isa": list(host.isa),
+        "accelerator": "cuda" if host.gpus else "none",
+        "threads": host.usable_cores,
+        "memory_mib": host.memory_mib,
+        "engines": {name: f"{e.version} ({', '.join(e.providers)})" for name, e in host.engines.items() if e.version},
+        "runtimes": _profile_runtimes(host),
+        "batch_sizes": [1, 8],
+        "quantization": {"activation_type": "int8" if signed else "uint8", "per_channel": True, "reduce_range": None},
+    }
+    sources = {
+        "arch": "the kernel's machine name",
+        "cpu": "/proc/cpuinfo, or the device tree's model",
+        "isa": "flags of /proc/cpuinfo",
+        "accelerator": "NVIDIA's driver under /proc and /dev",
+        "threads": "affinity mask and control group quota",
+        "memory_mib": "/proc/meminfo and control group limit",
+        "engines": "what each engine says of itself",
+        "runtimes": "what each engine says of itself",
+    }
+    source = {fact: f"{how}; {said}" for fact, how in sources.items()}
+    source["batch_sizes"] = "1 is what a camera gives, 8 what a queue of images gives; not probed"
+    source["quantization"] = "x86 multiplies U8S8, ARM S8S8 (ONNX Runtime's quantization guide); not probed"
+    return Device.model_validate({**plain, "source": source})
+
+
+def _profile_runtimes(host: Host) -> list[dict[str, object]]:
+    """Runtimes of deployed files on the processor, and all of them on a GPU or NPU, each with the precisions it has."""
+    uses: list[dict[str, object]] = []
+    for name, engine in host.engines.items():
+        for provider in engine.providers:
+            if (name, provider) == ("pytorch", "cpu") or provider == "AUTO":
+                continue
+            refusal = plugins.load("runtimes", name).refusal
+            precisions = [precision for precision in ("fp32", "bf16", "fp16") if not refusal(provider, precision, host.isa)]
+            if provider == "CPU" and host.arch == "x86_64" and "bf16" in precisions:
+                precisions = ["fp32", "bf16"]  # fp16 is no faster than bf16 there, and less safe
+            if precisions:
+                uses.append({"runtime": name, "provider": provider, "precisions": precisions})
+    return uses
 
 
 def tool_versions(names: Iterable[str]) -> dict[str, str]:
