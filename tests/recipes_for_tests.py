@@ -14,7 +14,10 @@ def write_recipe(folder: Path, data: Path, **changes: object) -> Path:
         "data": {"name": str(data), "validation": 0.2},
         "steps": [{"train": {"steps": 30, "batch_size": 16, "lr": 1e-3, "precision": "fp32", "shift": 1, "checkpoint_every": 5}}],
         "export": {"parity_images": 8},
-        "quantize": {"calibration": {"images": 24}, "schemes": ["onnxruntime.int8_dynamic", "onnxruntime.int8_static", "openvino.int8_static"]},
+        "quantize": {
+            "calibration": {"images": 24},
+            "schemes": ["onnxruntime.int8_dynamic", "onnxruntime.int8_static", "openvino.int8_static"],
+        },
     }
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))

@@ -79,7 +79,9 @@ def test_the_wheel_is_small_enough_for_a_board(bare_site: Path) -> None:
     assert size < 16e6
 
 
-@pytest.mark.parametrize("args", [["recipes", "validate", "deit_tiny_int8"], ["recipes", "schema"], ["devices", "show", "cpu"], ["devices", "probe"], ["env"]])
+@pytest.mark.parametrize(
+    "args", [["recipes", "validate", "deit_tiny_int8"], ["recipes", "schema"], ["devices", "show", "cpu"], ["devices", "probe"], ["env"]]
+)
 def test_commands_of_the_core_install_work(bare_site: Path, tmp_path: Path, args: list[str]) -> None:
     done = vitedge(bare_site, *args, cwd=str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -98,7 +100,22 @@ def test_a_bench_of_an_onnx_file_works_without_extras(bare_site: Path, tmp_path:
     from tests.tiny import write_tiny_onnx
 
     write_tiny_onnx(tmp_path / "model.onnx")
-    done = vitedge(bare_site, "bench", "model.onnx", "--device", "cpu", "--runtime", "onnxruntime", "--rounds", "2", "--seconds", "0.1", "--no-top1", "--json", cwd=str(tmp_path))
+    done = vitedge(
+        bare_site,
+        "bench",
+        "model.onnx",
+        "--device",
+        "cpu",
+        "--runtime",
+        "onnxruntime",
+        "--rounds",
+        "2",
+        "--seconds",
+        "0.1",
+        "--no-top1",
+        "--json",
+        cwd=str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["measurements"][0]["iterations_per_s"] > 0
 

@@ -87,7 +87,11 @@ def test_only_the_command_line_prints_or_exits() -> None:
     for path in _modules():
         if _room(path) in ("cli", "__main__") or path.name in ("runner.py", "worker.py"):
             continue
-        calls = {n.func.id for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+        calls = {
+            n.func.id
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
         assert not calls & {"print", "exit", "quit"}, path
 
 

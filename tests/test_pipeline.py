@@ -16,7 +16,14 @@ from tests.recipes_for_tests import write_recipe
 from vitedge.artifact import Manifest, hash_files
 from vitedge.cli.main import run
 
-FILES = ("checkpoint.safetensors", "model.fp32.onnx", "model.fp32.batch1.onnx", "model.int8_dynamic.onnx", "model.int8_static.onnx", "openvino.int8_static")
+FILES = (
+    "checkpoint.safetensors",
+    "model.fp32.onnx",
+    "model.fp32.batch1.onnx",
+    "model.int8_dynamic.onnx",
+    "model.int8_static.onnx",
+    "openvino.int8_static",
+)
 
 
 def export(*args: object, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
@@ -74,14 +81,38 @@ def test_a_second_export_reuses_everything_without_torch(built: tuple[Path, Path
 @pytest.mark.parametrize(
     ("changes", "run_stages", "reason"),
     [
-        ({"quantize": {"calibration": {"images": 8}, "schemes": ["onnxruntime.int8_dynamic", "onnxruntime.int8_static"]}}, {"quantize onnxruntime.int8_static"}, "calibration changed"),
-        ({"export": {"parity_images": 9}}, {"export", "quantize onnxruntime.int8_dynamic", "quantize onnxruntime.int8_static", "quantize openvino.int8_static"}, "export changed"),
-        ({"seed": 1}, {"checkpoint", "export", "quantize onnxruntime.int8_dynamic", "quantize onnxruntime.int8_static", "quantize openvino.int8_static"}, "seed changed"),
+        (
+            {"quantize": {"calibration": {"images": 8}, "schemes": ["onnxruntime.int8_dynamic", "onnxruntime.int8_static"]}},
+            {"quantize onnxruntime.int8_static"},
+            "calibration changed",
+        ),
+        (
+            {"export": {"parity_images": 9}},
+            {"export", "quantize onnxruntime.int8_dynamic", "quantize onnxruntime.int8_static", "quantize openvino.int8_static"},
+            "export changed",
+        ),
+        (
+            {"seed": 1},
+            {
+                "checkpoint",
+                "export",
+                "quantize onnxruntime.int8_dynamic",
+                "quantize onnxruntime.int8_static",
+                "quantize openvino.int8_static",
+            },
+            "seed changed",
+        ),
         ({"limits": {"max_top1_drop": 1.0}, "description": "other words"}, set(), ""),
     ],
 )
 def test_only_what_a_change_touches_is_stale(
-    built: tuple[Path, Path], colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], run_stages: set[str], reason: str
+    built: tuple[Path, Path],
+    colours: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    run_stages: set[str],
+    reason: str,
 ) -> None:
     recipe = write_recipe(tmp_path, colours, **changes)
     result = export("--recipe", recipe, "-o", built[1], "--dry-run", capsys=capsys)
@@ -97,7 +128,9 @@ def test_dry_run_writes_nothing(tmp_path: Path, colours: Path, capsys: pytest.Ca
 
 
 def test_a_file_changed_by_hand_is_built_again(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, colours, quantize={"schemes": ["onnxruntime.int8_dynamic"]}, steps=[{"train": {"steps": 2, "precision": "fp32"}}])
+    recipe = write_recipe(
+        tmp_path, colours, quantize={"schemes": ["onnxruntime.int8_dynamic"]}, steps=[{"train": {"steps": 2, "precision": "fp32"}}]
+    )
     export("--recipe", recipe, "-o", tmp_path / "out", capsys=capsys)
     file = tmp_path / "out" / "model.int8_dynamic.onnx"
     good = file.read_bytes()
@@ -130,7 +163,9 @@ def test_killed_at_any_moment_the_next_call_goes_on(tmp_path: Path, colours: Pat
 
 
 def test_train_alone_writes_the_checkpoint_that_export_reuses(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path, colours, quantize={}, steps=[{"train": {"steps": 2, "precision": "fp32"}}, {"train": {"steps": 3, "precision": "fp32"}}])
+    recipe = write_recipe(
+        tmp_path, colours, quantize={}, steps=[{"train": {"steps": 2, "precision": "fp32"}}, {"train": {"steps": 3, "precision": "fp32"}}]
+    )
     assert run(["train", "--recipe", str(recipe), "-o", str(tmp_path / "out"), "--json"]) == 0
     notes = json.loads(capsys.readouterr().out)["checkpoint"]["notes"]
     assert [step["train"]["steps"] for step in notes["steps"]] == [2, 3]

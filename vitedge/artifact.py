@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -110,7 +109,7 @@ def writing(path: Path) -> Iterator[Path]:
             yield temporary
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)
-            os.replace(temporary, path)
+            temporary.replace(path)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
 

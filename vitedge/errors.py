@@ -73,7 +73,7 @@ class UnstableError(VitedgeError):
     exit_code = 5
 
 
-class FileProblems(UsageError):
+class FileProblems(UsageError):  # noqa: N818 - several errors, not one
     """Every problem of one recipe or device file at once, one line each."""
 
     def __init__(self, where: str, problems: list[UsageError]) -> None:

@@ -76,7 +76,13 @@ def export(job: ExportJob) -> tuple[Artifact, Artifact]:
     proto = to_onnx(job.model, job.contract.size, job.config.opset)
     results = run_passes(proto, PASSES, {INPUT: job.x_BCHW[:4]})
     write_contract(proto, job.contract, job.labels)
-    dynamic = _save(job, proto, "model.fp32.onnx", reference_BC, {"passes": {name: result.changed for name, result in zip(PASSES, results, strict=True)}})
+    dynamic = _save(
+        job,
+        proto,
+        "model.fp32.onnx",
+        reference_BC,
+        {"passes": {name: result.changed for name, result in zip(PASSES, results, strict=True)}},
+    )
     static_proto = onnx.ModelProto()
     static_proto.CopyFrom(proto)
     run_passes(static_proto, ["fix_batch"], {INPUT: job.x_BCHW[:1]})
@@ -108,7 +114,10 @@ def to_onnx(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
             )
     except Exception as error:  # the exporter raises dozens of types of its own
         raise VitedgeError(
-            "export", expected="a model that torch.onnx.export can express", found=f"{type(error).__name__}: {str(error)[:160]}", fix="report the model, or change the recipe's steps"
+            "export",
+            expected="a model that torch.onnx.export can express",
+            found=f"{type(error).__name__}: {str(error)[:160]}",
+            fix="report the model, or change the recipe's steps",
         ) from error
     proto: onnx.ModelProto = program.model_proto
     return proto

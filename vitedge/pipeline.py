@@ -71,7 +71,15 @@ class Pipeline:
         UsageError: The folder holds something else, or data or weights that are needed cannot be found.
     """
 
-    def __init__(self, recipe: Recipe, device: Device, root: Path, data_option: str | None = None, weights_option: str | None = None, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: Device,
+        root: Path,
+        data_option: str | None = None,
+        weights_option: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
         self.recipe, self.device, self.root = recipe, device, root
         self.data_option, self.weights_option = data_option, weights_option
         self.manifest = Manifest.load(root)
@@ -79,7 +87,12 @@ class Pipeline:
             raise UsageError(str(root), expected="a folder to build in", found="a file", fix="choose another folder with -o")
         ours = (root / MANIFEST).exists() or (root / "recipe.yaml").exists()
         if root.is_dir() and any(root.iterdir()) and not ours and not overwrite:
-            raise UsageError(str(root), expected="an empty folder or one that vitedge built", found="other files", fix="choose another folder with -o, or add --overwrite")
+            raise UsageError(
+                str(root),
+                expected="an empty folder or one that vitedge built",
+                found="other files",
+                fix="choose another folder with -o, or add --overwrite",
+            )
         self.weights: WeightsSource = locate(recipe.model.weights, recipe.model.arch, weights_option)
         self.rules = resolve_rules(device, probe_host())
 
@@ -125,7 +138,14 @@ class Pipeline:
         if only == "checkpoint":
             return plans
         checkpoint_runs = plans[0].action == "run"
-        plans.append(self._plan("export", self._export_inputs(), ["model.fp32.onnx", "model.fp32.batch1.onnx"], after="checkpoint" if checkpoint_runs else None))
+        plans.append(
+            self._plan(
+                "export",
+                self._export_inputs(),
+                ["model.fp32.onnx", "model.fp32.batch1.onnx"],
+                after="checkpoint" if checkpoint_runs else None,
+            )
+        )
         for name, config in self.recipe.quantize.schemes:
             stage = f"quantize {name}"
             if self._needs_images(name) and not self.data_source:
@@ -152,7 +172,12 @@ class Pipeline:
             for artifact in artifacts:
                 self.manifest.artifacts[artifact.name] = artifact
             inputs = self._inputs_now(plan)
-            self.manifest.stages[plan.name] = {"inputs": inputs, "outputs": [a.name for a in artifacts], "seconds": round(time.monotonic() - began, 1), "notes": notes}
+            self.manifest.stages[plan.name] = {
+                "inputs": inputs,
+                "outputs": [a.name for a in artifacts],
+                "seconds": round(time.monotonic() - began, 1),
+                "notes": notes,
+            }
             self.manifest.save()
         return self.manifest
 
@@ -187,7 +212,9 @@ class Pipeline:
         """Seconds on two cores of a current Xeon; a first guess, replaced by the real figure after one run."""
         if stage == "checkpoint":
             per_image = 4.0e-3 * (self.recipe.model.img_size / (self.recipe.model.patch_size or 16) / 7) ** 2
-            images = sum(c.steps * c.batch_size if c.steps else c.epochs * 45_000 for _, c in self.recipe.steps if isinstance(c, TrainConfig))
+            images = sum(
+                c.steps * c.batch_size if c.steps else c.epochs * 45_000 for _, c in self.recipe.steps if isinstance(c, TrainConfig)
+            )
             return 5.0 + images * per_image
         return 25.0 if stage == "export" or "static" in stage else 8.0
 
@@ -283,7 +310,17 @@ class Pipeline:
         model, _ = load_checkpoint(checkpoint.path)
         x_BCHW = self._sample(self.recipe.export.parity_images, self.recipe.seed)
         files = export(
-            ExportJob(model, self.recipe.contract(), checkpoint.labels, self.recipe.export, x_BCHW, self.dataset is not None, self.root, self.recipe.name, checkpoint.sha256)
+            ExportJob(
+                model,
+                self.recipe.contract(),
+                checkpoint.labels,
+                self.recipe.export,
+                x_BCHW,
+                self.dataset is not None,
+                self.root,
+                self.recipe.name,
+                checkpoint.sha256,
+            )
         )
         progress(1, 1)
         return list(files), {"parity": files[0].notes["parity"]}
@@ -301,7 +338,10 @@ class Pipeline:
         )
         progress(1, 1)
         if images is not None and self.dataset is not None:
-            notes = {**artifact.notes, "calibration": {"images": len(images), "seed": calibration.seed, "data": self.dataset.label, "split": "train"}}
+            notes = {
+                **artifact.notes,
+                "calibration": {"images": len(images), "seed": calibration.seed, "data": self.dataset.label, "split": "train"},
+            }
             artifact = replace(artifact, notes=notes)
         return [replace(artifact, recipe=self.recipe.name)], {}
 

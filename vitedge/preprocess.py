@@ -81,7 +81,8 @@ class Preprocessing:
             known = {field.name for field in dataclasses.fields(cls)}
             if not isinstance(fields, dict) or set(fields) - known:
                 raise ValueError(f"unknown fields {sorted(set(fields) - known)}")
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a preprocessing contract: {error}") from error
 

@@ -143,12 +143,13 @@ def _step_config(name: str) -> type[Section]:
     if name not in techniques:
         known = ["train", *techniques]
         raise UsageError(name, expected=f"one of {', '.join(known)}", found=f"'{name}'{closest(name, known)}", fix="rename it")
-    return plugins.load("compress", name).Config
+    config: type[Section] = plugins.load("compress", name).Config
+    return config
 
 
 def _scheme_config(name: str) -> type[Section]:
     library, _, scheme = name.partition(".")
-    schemes = plugins.load("quantize", library).SCHEMES
+    schemes: dict[str, type[Section]] = plugins.load("quantize", library).SCHEMES
     if scheme not in schemes:
         known = [f"{library}.{known}" for known in schemes]
         raise UsageError(name, expected=f"one of {', '.join(known)}", found=f"'{name}'{closest(name, known)}", fix="rename it")
@@ -159,13 +160,17 @@ def _build_entries(entries: Any, key: str, config_of: Callable[[str], type[Secti
     """`[{name: settings}]` to `[(name, validated settings)]`; what is wrong is added to `problems`."""
     built: list[Any] = []
     if not isinstance(entries, (list, tuple)):
-        problems.append(UsageError(f"{where}: {key}", expected="a list of `- name: {settings}`", found=repr(entries)[:60], fix="write a list"))
+        problems.append(
+            UsageError(f"{where}: {key}", expected="a list of `- name: {settings}`", found=repr(entries)[:60], fix="write a list")
+        )
         return built
     for index, entry in enumerate(entries):
         entry = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or len(entry) != 1:
             problems.append(
-                UsageError(f"{where}: {key}.{index}", expected="one `- name: {settings}`", found=repr(entry)[:60], fix="split or mend the entry")
+                UsageError(
+                    f"{where}: {key}.{index}", expected="one `- name: {settings}`", found=repr(entry)[:60], fix="split or mend the entry"
+                )
             )
             continue
         ((name, settings),) = entry.items()

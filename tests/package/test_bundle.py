@@ -141,6 +141,14 @@ def test_no_top1_unstable_and_emulated_are_said_plainly(build: Path, profile: Pa
     assert "top-1 was not measured (no data)" in remarks and "spread 30 %" in remarks and "emulated" in remarks
 
 
+def test_an_interval_that_reaches_beyond_the_limit_is_said_plainly(build: Path, profile: Path, tmp_path: Path) -> None:
+    fp32 = Manifest.load(build).artifacts["model.fp32.onnx"]
+    write_report(build, [row(fp32.name, fp32.sha256, top1_drop={"points": 0.4, "low": -0.1, "high": 0.9})])
+    assert make(build, profile, tmp_path / "a.zip").manifest.remarks == (
+        "on these images the drop may be up to 0.90 points (95 %), beyond the limit of 0.50",
+    )
+
+
 def test_a_figure_of_other_precision_than_the_session_is_refused(build: Path, profile: Path, tmp_path: Path) -> None:
     fp32 = Manifest.load(build).artifacts["model.fp32.onnx"]
     write_report(build, [row(fp32.name, fp32.sha256, precision="int8", top1_drop={"points": 0.0})])

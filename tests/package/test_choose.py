@@ -52,6 +52,12 @@ def test_none_inside_is_a_gate_missed() -> None:
         choose(rows(int8(200, 0.9)), LIMITS, Budgets())
 
 
+def test_the_fp32_reference_drops_nothing_and_another_fp32_file_may() -> None:
+    reference, other = rows(fp32(top1_agreement=100.0), fp32(top1_agreement=98.0))
+    assert reference.top1_drop == 0.0
+    assert other.top1_drop is None
+
+
 def test_bf16_of_the_fp32_file_is_a_candidate_of_its_own() -> None:
     bf16 = fp32(
         300, runtime="openvino", provider="CPU", precision="bf16", float_precision="bf16", top1_drop={"points": 0.1}, top1_agreement=99.0

@@ -14,7 +14,7 @@ from vitedge.errors import UnavailableError, VitedgeError
 from vitedge.models.build import create
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import TrainConfig
-from vitedge.train.loop import TrainJob, total_steps, train
+from vitedge.train.loop import TrainJob, _Run, total_steps, train
 from vitedge.train.optim import build_optimizer, learning_rate
 
 CONTRACT = Preprocessing(size=8)
@@ -51,24 +51,15 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
     assert [point["step"] for point in notes["history"]] == list(range(3, 31, 3))
 
 
-class StopAt(Exception):
-    pass
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, precision: str) -> None:
     config = TrainConfig(steps=9, batch_size=16, lr=1e-3, precision=precision, shift=1, checkpoint_every=2, evaluate_every=3)
     whole = tiny_vit()
     train(whole, job(tmp_path / "whole", config))
 
-    def killed(done: float, total: float, text: str = "") -> None:
-        raise StopAt
-
     interrupted = tiny_vit()
     run_folder = tmp_path / "interrupted"
     stopping = job(run_folder, config)
-    from vitedge.train.loop import _Run
-
     run = _Run(interrupted, stopping)
     for _ in range(5):
         run.take_step()

@@ -129,7 +129,7 @@ def _read(path: Path) -> tuple[Quality, str] | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
             correct, predictions, top5, label = (kept[name] for name in ("correct", "predictions", "top5", "label"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -32,7 +32,9 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def open_pipeline(recipe: str, output: Path | None, data: str | None, weights: str | None, device: str, seed: int | None, overwrite: bool) -> Pipeline:
+def open_pipeline(
+    recipe: str, output: Path | None, data: str | None, weights: str | None, device: str, seed: int | None, overwrite: bool
+) -> Pipeline:
     """The pipeline that the options ask for; a device that is not here is refused before any work."""
     from vitedge.device import load_device, require_accelerator
     from vitedge.host import probe_host
@@ -61,7 +63,12 @@ def only_builder(root: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise UsageError(str(root), expected="no other build of this folder", found="one is running", fix="wait for it, or choose another folder with -o") from error
+            raise UsageError(
+                str(root),
+                expected="no other build of this folder",
+                found="one is running",
+                fix="wait for it, or choose another folder with -o",
+            ) from error
     try:
         yield
     finally:

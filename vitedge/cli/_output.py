@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else, on stdout.")
 data_option = click.option("--data", metavar="NAME|PATH", help="Data set: a name, a file or a folder; wins over VITEDGE_DATA.")
-weights_option = click.option("--weights", metavar="NAME|PATH", help="Weights: builtin, pretrained, none, a file or a folder; wins over the recipe and VITEDGE_WEIGHTS.")
+weights_option = click.option(
+    "--weights",
+    metavar="NAME|PATH",
+    help="Weights: builtin, pretrained, none, a file or a folder; wins over the recipe and VITEDGE_WEIGHTS.",
+)
 seed_option = click.option("--seed", type=int, help="Seed; wins over the recipe's.")
 
 
 def device_option(default: str = "cpu") -> Callable[[Any], Any]:
     """`--device`: the profile by name or path."""
-    return click.option("--device", default=default, show_default=True, metavar="NAME|PATH", help="Device profile; see `vitedge devices list`.")
+    return click.option(
+        "--device", default=default, show_default=True, metavar="NAME|PATH", help="Device profile; see `vitedge devices list`."
+    )
 
 
 def console() -> Console:
@@ -79,7 +85,13 @@ def progress_bars() -> Iterator[Callable[[str], Progress]]:
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     with Progress(*columns, console=console()) as bars:
 
         def bar(name: str) -> Any:

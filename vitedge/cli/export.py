@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
 @click.command("export")
 @build_options
-def command(recipe: str, output: Path | None, data: str | None, weights: str | None, device: str, seed: int | None, dry_run: bool, overwrite: bool, as_json: bool) -> None:
+def command(
+    recipe: str,
+    output: Path | None,
+    data: str | None,
+    weights: str | None,
+    device: str,
+    seed: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Build a recipe: train what has to be trained, export to ONNX, quantize to int8.
 
     Only stages that are missing or stale run; an interrupted build goes on where it stopped.
@@ -43,7 +53,15 @@ def command(recipe: str, output: Path | None, data: str | None, weights: str | N
             manifest = pipeline.run(plans, bar)
     if as_json:
         artifacts = [a.to_plain(manifest.root) for a in manifest.artifacts.values()]
-        emit_json({"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(manifest.root), "stages": plan_json(plans), "artifacts": artifacts})
+        emit_json(
+            {
+                "schema_version": 1,
+                "recipe": pipeline.recipe.name,
+                "build": str(manifest.root),
+                "stages": plan_json(plans),
+                "artifacts": artifacts,
+            }
+        )
     else:
         _show(manifest, plans, device)
 

@@ -40,7 +40,10 @@ class LazyGroup(click.Group):
 
             commands = self.list_commands(ctx)
             raise UsageError(
-                "vitedge", expected=f"one of {', '.join(commands)}", found=f"'{args[0]}'{closest(args[0], commands)}", fix="see `vitedge --help`"
+                "vitedge",
+                expected=f"one of {', '.join(commands)}",
+                found=f"'{args[0]}'{closest(args[0], commands)}",
+                fix="see `vitedge --help`",
             ) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -53,7 +56,14 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "token_normalize_func": lambda t: t.replace("_", "-") if t.startswith("-") else t})
+@click.group(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "token_normalize_func": lambda t: t.replace("_", "-") if t.startswith("-") else t,
+    },
+)
 @click.version_option(vitedge.__version__, "-V", "--version", prog_name="vitedge")
 def cli() -> None:
     """Take a Vision Transformer from PyTorch to an edge device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,9 +68,22 @@ def command(
         })  # fmt: skip
         return
     say(manifest.chosen)
+    if manifest.measured and manifest.measured.get("top1") is not None:
+        say(_quality(manifest.measured))
     for remark in manifest.remarks:
         say(f"note: {remark}")
     say(
         f"golden pictures: {len(manifest.golden.images)}, {manifest.golden.source}; a logit may differ by {manifest.golden.max_abs_err:.3g}"
     )
     say(f"wrote {bundle.path} ({bundle.size_bytes / 2**20:.2f} MiB, sha256 {bundle.sha256}); next: vitedge verify {bundle.path}")
+
+
+def _quality(row: dict[str, Any]) -> str:
+    """Top-1 of what is shipped, with its interval, its images, and the drop below fp32."""
+    low, high = row.get("top1_interval") or (None, None)
+    text = f"top-1 {row['top1']:.2f} %" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
+    drop = row.get("top1_drop")
+    if drop:
+        interval = f" ({drop['low']:+.2f} to {drop['high']:+.2f})" if "low" in drop and "high" in drop else ""
+        text += f", drop {drop['points']:+.2f} points{interval} below {drop.get('reference', 'fp32')}"
+    return text + (f", on {row['top1_images']}" if row.get("top1_images") else "")

@@ -12,7 +12,17 @@ from vitedge.cli._output import emit_json, progress_bars, say
 
 @click.command("train")
 @build_options
-def command(recipe: str, output: Path | None, data: str | None, weights: str | None, device: str, seed: int | None, dry_run: bool, overwrite: bool, as_json: bool) -> None:
+def command(
+    recipe: str,
+    output: Path | None,
+    data: str | None,
+    weights: str | None,
+    device: str,
+    seed: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Train a recipe's model and write the checkpoint that `export` reuses.
 
     Trains on a GPU if torch finds one, else on the CPU. Interrupted (Ctrl-C, kill -9), the same
@@ -39,9 +49,17 @@ def command(recipe: str, output: Path | None, data: str | None, weights: str | N
             manifest = pipeline.run(plans, bar)
     checkpoint = manifest.artifacts["checkpoint.safetensors"]
     if as_json:
-        emit_json({"schema_version": 1, "recipe": pipeline.recipe.name, "stages": plan_json(plans), "checkpoint": checkpoint.to_plain(manifest.root)})
+        emit_json(
+            {
+                "schema_version": 1,
+                "recipe": pipeline.recipe.name,
+                "stages": plan_json(plans),
+                "checkpoint": checkpoint.to_plain(manifest.root),
+            }
+        )
         return
     for step in checkpoint.notes["steps"]:
         for name, notes in step.items():
-            say(f"  {name}: {notes['steps']} steps, {notes['seconds']} s, {notes['images_per_s']} img/s, validation top-1 {notes['validation_top1']} % of {notes['validation_images']}")
+            speed = f"{notes['steps']} steps, {notes['seconds']} s, {notes['images_per_s']} img/s"
+            say(f"  {name}: {speed}, validation top-1 {notes['validation_top1']} % of {notes['validation_images']}")
     say(f"wrote {checkpoint.path}; next: vitedge export --recipe {recipe}")

@@ -31,6 +31,14 @@ def find(name: str, option: str | None = None, download: bool = True, progress: 
         UsageError: Nothing of that name; the fix says where to put the file and what to call it.
         InputError: What was found cannot be read, or is CIFAR's pickled form.
     """
+    try:
+        return _find(name, option, download, progress)
+    except PermissionError as error:
+        where = str(error.filename or option or name)
+        raise InputError(where, expected="a place that can be read", found=str(error.strerror), fix="check its permissions") from error
+
+
+def _find(name: str, option: str | None, download: bool, progress: Progress) -> Source:
     if option is not None:
         path = Path(option).expanduser()
         if path.is_dir() and not _is_dataset(path) and not _looks_like_path(name):

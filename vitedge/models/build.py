@@ -41,7 +41,9 @@ class CheckpointMeta:
     labels: tuple[str, ...]
 
 
-def create(arch: str, img_size: int, patch_size: int | None, num_classes: int, drop_path: float = 0.0, patch_drop: float = 0.0) -> nn.Module:
+def create(
+    arch: str, img_size: int, patch_size: int | None, num_classes: int, drop_path: float = 0.0, patch_drop: float = 0.0
+) -> nn.Module:
     """A timm ViT or DeiT with random weights, in training mode.
 
     Attention is written out (matmul, softmax, matmul): exporters and quantizers see its products, and on a
@@ -55,13 +57,18 @@ def create(arch: str, img_size: int, patch_size: int | None, num_classes: int, d
 
     if not timm.is_model(arch):
         raise UsageError(
-            f"model '{arch}'", expected="a name timm knows", found=f"'{arch}'{closest(arch, timm.list_models('*vit*') + timm.list_models('*deit*'))}", fix="see timm.list_models()"
+            f"model '{arch}'",
+            expected="a name timm knows",
+            found=f"'{arch}'{closest(arch, timm.list_models('*vit*') + timm.list_models('*deit*'))}",
+            fix="see timm.list_models()",
         )
     sizes: dict[str, Any] = {"img_size": img_size, **({"patch_size": patch_size} if patch_size else {})}
     try:
         model = timm.create_model(arch, num_classes=num_classes, drop_path_rate=drop_path, patch_drop_rate=patch_drop, **sizes)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise UsageError(f"model '{arch}'", expected="a ViT that takes img_size and patch_size", found=str(error), fix="choose a ViT or DeiT") from error
+        raise UsageError(
+            f"model '{arch}'", expected="a ViT that takes img_size and patch_size", found=str(error), fix="choose a ViT or DeiT"
+        ) from error
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"model '{arch}'", expected="a ViT or DeiT", found=type(model).__name__, fix="choose another architecture")
     for module in model.modules():
@@ -70,7 +77,9 @@ def create(arch: str, img_size: int, patch_size: int | None, num_classes: int, d
     return model
 
 
-def build(spec: ModelSpec, num_classes: int, source: WeightsSource, drop_path: float = 0.0, patch_drop: float = 0.0) -> tuple[nn.Module, list[str]]:
+def build(
+    spec: ModelSpec, num_classes: int, source: WeightsSource, drop_path: float = 0.0, patch_drop: float = 0.0
+) -> tuple[nn.Module, list[str]]:
     """The model of a recipe with its weights, and the tensors that stayed random.
 
     Position and patch embeddings are resampled to the spec's sizes. A classifier for another number
@@ -134,15 +143,20 @@ def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     if "patch_embed.proj.weight" not in tensors or "pos_embed" not in tensors:
         raise InputError(
-            where, expected="tensors of a timm ViT (patch_embed.proj.weight, pos_embed ...)", found=", ".join(list(tensors)[:4]) or "no tensors", fix="choose the weights of this architecture"
+            where,
+            expected="tensors of a timm ViT (patch_embed.proj.weight, pos_embed ...)",
+            found=", ".join(list(tensors)[:4]) or "no tensors",
+            fix="choose the weights of this architecture",
         )
     wanted = model.state_dict()
     try:
         tensors = checkpoint_filter_fn(tensors, model)
     except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
-        raise InputError(where, expected="weights of this architecture", found=str(error), fix="choose the weights of this architecture") from error
+        raise InputError(
+            where, expected="weights of this architecture", found=str(error), fix="choose the weights of this architecture"
+        ) from error
     classifier = {name for name in wanted if name.split(".")[0] in ("head", "head_dist")}
-    random = sorted(n for n in classifier if n in tensors and tensors[n].shape != wanted[n].shape or n not in tensors)
+    random = sorted(n for n in classifier if (n in tensors and tensors[n].shape != wanted[n].shape) or n not in tensors)
     for name in random:
         tensors.pop(name, None)
     missing = sorted(set(wanted) - set(tensors) - set(random))
@@ -154,7 +168,12 @@ def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -
             for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", differing))
             if names
         ]
-        raise InputError(where, expected="weights of this architecture", found="; ".join(parts), fix="choose the weights of this architecture, or change model.arch")
+        raise InputError(
+            where,
+            expected="weights of this architecture",
+            found="; ".join(parts),
+            fix="choose the weights of this architecture, or change model.arch",
+        )
     model.load_state_dict(tensors, strict=False)
     return random
 
@@ -203,5 +222,8 @@ def read_meta(path: Path) -> CheckpointMeta:
         return CheckpointMeta(**{**header, "labels": tuple(header["labels"])})
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            str(path), expected="a checkpoint written by vitedge, with its header", found="a file without it", fix="give the file as `weights:` of a recipe instead"
+            str(path),
+            expected="a checkpoint written by vitedge, with its header",
+            found="a file without it",
+            fix="give the file as `weights:` of a recipe instead",
         ) from error

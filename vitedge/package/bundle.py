@@ -167,7 +167,7 @@ def _pictures(recipe: Recipe, contract: Preprocessing, count: int, data_option: 
         if data_option is not None:
             raise
         made = synthetic_pictures(count, contract.size)
-        return Pictures(made.images, f"{made.source}; '{recipe.data.name}' is not on this machine")
+        return Pictures(made.images, f"{made.source}; '{recipe.data.name}' was not found: --data or VITEDGE_DATA names it")
     dataset = datasets.load(source, recipe.data.validation, recipe.data.split_seed, bar("images"))
     return train_pictures(dataset.train.images, count, dataset.label)
 
@@ -262,5 +262,5 @@ def _engine(facts: Facts) -> str:
 
 
 def _readme(fields: dict[str, Any]) -> str:
-    remarks = "".join(f"\nNote: {remark}." for remark in fields["remarks"])
+    remarks = "".join(f"\nNote: {remark}.\n" for remark in fields["remarks"])
     return README_TEXT.format(**{**fields, "remarks": remarks})

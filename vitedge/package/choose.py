@@ -83,8 +83,9 @@ def read_rows(report: Any, device: str, where: str) -> list[Measured]:
 def _row(row: Mapping[str, Any]) -> Measured:
     drop = row.get("top1_drop")
     points = float(drop["points"]) if drop else None
-    if points is None and row.get("top1") is not None and row.get("top1_agreement") is None and row["precision"] == "fp32":
-        points = 0.0  # the reference itself: what drops are measured from
+    # The fp32 row that drops are measured from has none of its own; its agreement is with itself.
+    if points is None and row.get("top1") is not None and row["precision"] == "fp32" and row.get("top1_agreement") in (None, 100.0):
+        points = 0.0
     return Measured(
         artifact=str(row["artifact"]),
         runtime=str(row["runtime"]),

@@ -29,9 +29,10 @@ def needed_isa(artifact: Artifact, device: Device, provider: str, precisions: tu
     """
     arch = device.arch if device.arch != "any" else architecture()
     groups: list[tuple[str, ...]] = [(name,) for name in device.isa]
-    settings = artifact.notes.get("settings") or {}
+    own = (artifact.notes.get("settings") or {}).get("reduce_range")
+    full_range = not (reduce_range if own is None else own)
     if provider in PROCESSORS and arch == "x86_64":
-        if precisions[0] == "int8" and not settings.get("reduce_range", reduce_range):
+        if precisions[0] == "int8" and full_range:
             groups.append(VNNI)
         if "bf16" in precisions:
             groups.append(BF16)

@@ -12,7 +12,7 @@ from vitedge.artifact import MANIFEST, Artifact, Manifest, hash_files, read_json
 from vitedge.device import Device
 from vitedge.errors import InputError, UsageError, closest
 from vitedge.package.choose import BUNDLE_RUNTIMES, Measured, choose, current_rows, read_rows, why_not
-from vitedge.recipe import Recipe, load_recipe
+from vitedge.recipe import Limits, Recipe, load_recipe
 from vitedge.runtimes import Target
 
 REPORT = "report.json"
@@ -78,7 +78,7 @@ def decide(build: Path, manifest: Manifest, recipe: Recipe, device: Device, arti
     hashes = {name: artifact.sha256 for name, artifact in manifest.artifacts.items()}
     if artifact_name is None:
         choice = choose(current_rows(rows, hashes, device.name), recipe.limits, device.budgets)
-        return _measured_shipment(manifest.artifacts[choice.row.artifact], choice.row, choice.why, choice.passed_over, ())
+        return _measured_shipment(manifest.artifacts[choice.row.artifact], choice.row, choice.why, choice.passed_over, (), recipe.limits)
     if artifact_name not in manifest.artifacts:
         known = sorted(manifest.artifacts)
         raise UsageError(
@@ -94,10 +94,14 @@ def decide(build: Path, manifest: Manifest, recipe: Recipe, device: Device, arti
     row = max(own, key=lambda row: row.iterations_per_s)
     missed = why_not(row, recipe.limits, device.budgets, has_top1=False)
     remarks = (f"shipped because --artifact names it, although {missed}",) if missed else ()
-    return _measured_shipment(artifact, row, f"{row.label} named by --artifact, {row.iterations_per_s:.1f} it/s", (), remarks)
+    return _measured_shipment(
+        artifact, row, f"{row.label} named by --artifact, {row.iterations_per_s:.1f} it/s", (), remarks, recipe.limits
+    )
 
 
-def _measured_shipment(artifact: Artifact, row: Measured, why: str, passed_over: tuple[str, ...], remarks: tuple[str, ...]) -> Shipment:
+def _measured_shipment(
+    artifact: Artifact, row: Measured, why: str, passed_over: tuple[str, ...], remarks: tuple[str, ...], limits: Limits
+) -> Shipment:
     threads = int(row.plain["conditions"].get("threads") or 1)
     return Shipment(
         artifact=_checked(artifact),
@@ -106,13 +110,18 @@ def _measured_shipment(artifact: Artifact, row: Measured, why: str, passed_over:
         measured={name: value for name, value in row.plain.items() if name not in RAW},
         why=why,
         passed_over=passed_over,
-        remarks=remarks + _remarks(row.plain),
+        remarks=remarks + _remarks(row.plain, limits),
     )
 
 
-def _remarks(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _remarks(row: Mapping[str, Any], limits: Limits) -> tuple[str, ...]:
     """What a row leaves open."""
     remarks = []
+    drop = row.get("top1_drop")
+    if drop and drop.get("high", 0.0) > limits.max_top1_drop >= drop["points"]:
+        remarks.append(
+            f"on these images the drop may be up to {drop['high']:.2f} points (95 %), beyond the limit of {limits.max_top1_drop:.2f}"
+        )
     if row.get("top1") is None:
         reason = row.get("top1_reason") or "no labelled images"
         remarks.append(f"top-1 was not measured ({reason}), so the recipe's drop limit was not checked")

@@ -26,7 +26,7 @@ def _filter_weight(interpolation: str, t: np.ndarray) -> np.ndarray:
     if interpolation == "box":
         return ((t > -0.5) & (t <= 0.5)).astype(np.float64)
     if interpolation == "bilinear":
-        return np.maximum(0.0, 1.0 - distance)
+        return np.clip(1.0 - distance, 0.0, None)
     if interpolation == "hamming":
         return np.where(distance < 1.0, np.sinc(t) * (0.54 + 0.46 * np.cos(np.pi * t)), 0.0)
     if interpolation == "lanczos":
@@ -130,7 +130,9 @@ class Batches:
                 pixels_BHWC = np.stack(list(pool.map(lambda i: self.contract.resize_crop(self.images[int(i)]), indices)))
         return torch.from_numpy(pixels_BHWC).to(self.torch_device).permute(0, 3, 1, 2)
 
-    def take(self, indices: np.ndarray, generator: np.random.Generator | None = None, flip: bool = False, shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(
+        self, indices: np.ndarray, generator: np.random.Generator | None = None, flip: bool = False, shift: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model inputs float32 BCHW and labels (B,); augmented where a generator is given."""
         pixels_BCHW = self._pixels(indices)
         if generator is not None and shift:

@@ -101,7 +101,8 @@ class _Run:
         self.evaluate_every = config.evaluate_every or max(1, self.steps // 10)
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
-        self.best_top1, self.best_weights = -1.0, {}
+        self.best_top1 = -1.0
+        self.best_weights: dict[str, torch.Tensor] = {}
         self.loss = math.nan
 
     @property
@@ -143,7 +144,9 @@ class _Run:
     def take_step(self) -> None:
         """One optimizer step; all its randomness comes from (seed, step)."""
         config = self.config
-        x_BCHW, labels_B = self.batches.take(self.indices(), np.random.default_rng((self.job.seed, self.step, 1)), config.flip, config.shift)
+        x_BCHW, labels_B = self.batches.take(
+            self.indices(), np.random.default_rng((self.job.seed, self.step, 1)), config.flip, config.shift
+        )
         torch.manual_seed(int(np.random.default_rng((self.job.seed, self.step, 2)).integers(2**62)))
         rate = learning_rate(self.step, self.steps, config)
         for group in self.optimizer.param_groups:
@@ -164,7 +167,12 @@ class _Run:
         if self.step % 10 == 9 or self.step + 1 == self.steps:
             self.loss = float(loss.detach())
             if not math.isfinite(self.loss):
-                raise VitedgeError("train", expected="a finite loss", found=f"{self.loss} at step {self.step}", fix="lower train.lr, or set precision: fp32")
+                raise VitedgeError(
+                    "train",
+                    expected="a finite loss",
+                    found=f"{self.loss} at step {self.step}",
+                    fix="lower train.lr, or set precision: fp32",
+                )
 
     def indices(self) -> np.ndarray:
         """Images of this step: permutations of the split, one per epoch, cut into whole batches."""
@@ -219,7 +227,12 @@ def evaluate_top1(model: nn.Module, batches: Batches, precision: str = "fp32", b
 
 def _torch_device(job: TrainJob) -> torch.device:
     if job.torch_device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError("train", expected="a CUDA device", found="none that torch can use", fix="run with --device cpu, or install a CUDA build of torch")
+        raise UnavailableError(
+            "train",
+            expected="a CUDA device",
+            found="none that torch can use",
+            fix="run with --device cpu, or install a CUDA build of torch",
+        )
     if job.torch_device == "cpu" and job.config.precision == "fp16":
         raise UnavailableError("train", expected="precision bf16 or fp32 on a CPU", found="fp16", fix="set train.precision: bf16")
     return torch.device(job.torch_device)

@@ -15,7 +15,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     """AdamW (Loshchilov and Hutter 2019), fused; norms, biases, class token and position embedding are not decayed."""
     from timm.optim import param_groups_weight_decay
 
-    skip = getattr(model, "no_weight_decay", set)()
+    skip: set[str] = getattr(model, "no_weight_decay", set)()
     groups: Any = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=tuple(skip))
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
 

@@ -90,9 +90,19 @@ def _meta(job: CheckpointJob) -> CheckpointMeta:
         asked = (spec.arch, spec.img_size, spec.patch_size)
         found = (header.arch, header.img_size, header.patch_size)
         if asked != found:
-            raise UsageError("model", expected=f"the embedded model's arch, img_size, patch_size {found}", found=f"{asked}", fix="copy them from `vitedge recipes show deit_tiny_int8`")
+            raise UsageError(
+                "model",
+                expected=f"the embedded model's arch, img_size, patch_size {found}",
+                found=f"{asked}",
+                fix="copy them from `vitedge recipes show deit_tiny_int8`",
+            )
         if header.preprocessing != contract.to_json() and not job.recipe.steps:
-            raise InputError("preprocess", expected=f"the embedded model's contract {header.preprocessing}", found=contract.to_json(), fix="remove the `preprocess:` section")
+            raise InputError(
+                "preprocess",
+                expected=f"the embedded model's contract {header.preprocessing}",
+                found=contract.to_json(),
+                fix="remove the `preprocess:` section",
+            )
     if job.dataset is not None:
         labels = job.dataset.classes
     elif header is not None:
@@ -144,7 +154,17 @@ def _run_step(job: CheckpointJob, model: nn.Module, index: int, name: str, confi
     folder = job.work / f"step{index}"
     notes = train(
         model,
-        TrainJob(config, job.dataset.train, job.dataset.validation, job.recipe.contract(), job.recipe.seed + index, job.torch_device, folder, key, job.bar(label)),
+        TrainJob(
+            config,
+            job.dataset.train,
+            job.dataset.validation,
+            job.recipe.contract(),
+            job.recipe.seed + index,
+            job.torch_device,
+            folder,
+            key,
+            job.bar(label),
+        ),
     )
     model.cpu()
     return notes
