@@ -14,7 +14,8 @@ from vitedge.bench.records import SCHEMA_VERSION, Measurement, Skipped, key_of
 from vitedge.errors import InputError
 
 REPORT = "report.json"
-_NUMBERS = re.compile(r"\[\s+((?:-?[\d.eE+-]+,\s+)*-?[\d.eE+-]+)\s+\]")
+# A raw line break is never inside a JSON string, so this cannot touch text.
+_NUMBERS = re.compile(r"\[\n\s*((?:[-+.\deE]+,\n\s*)*[-+.\deE]+)\n\s*\]")
 
 
 def to_plain(measurements: Sequence[Measurement], skipped: Sequence[Skipped]) -> dict[str, Any]:
@@ -71,4 +72,4 @@ def merge_report(folder: Path, measurements: Sequence[Measurement]) -> Path:
 def dump(content: Any) -> str:
     """Indented JSON with every list of numbers on one line: samples are many."""
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
-    return _NUMBERS.sub(lambda match: "[" + re.sub(r"\s+", " ", match.group(1)) + "]", text) + "\n"
+    return _NUMBERS.sub(lambda match: "[" + re.sub(r"\n\s*", " ", match.group(1)) + "]", text) + "\n"

@@ -65,7 +65,7 @@ def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[li
                 else f"{some.top1:.2f}\n{some.top1_interval[0]:.1f} to {some.top1_interval[1]:.1f}",
                 NONE
                 if some.top1_drop is None
-                else f"{_signed(some.top1_drop.points)}\n{_signed(some.top1_drop.low)} to {_signed(some.top1_drop.high)}",
+                else f"{_points(some.top1_drop.points)}\n{_points(some.top1_drop.low)} to {_points(some.top1_drop.high)}",
                 *(NONE if batch not in by_batch else verdict(by_batch[batch].verdict) for batch in batches),
             ]
         )
@@ -144,5 +144,5 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
-def _signed(points: float) -> str:
-    return f"{points:+.2f}".replace("+0.00", "0.00").replace("-0.00", "0.00")
+def _points(points: float) -> str:
+    return f"{points:.2f}".replace("-0.00", "0.00")
