@@ -71,7 +71,11 @@ def validate(kind: type[S], content: Any, where: str, prefix: str = "") -> S:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise FileProblems(where, [_explain(kind, e, f"{where}: {prefix}") for e in error.errors()]) from error
+        errors = error.errors()
+        # A list whose only entry is wrong is also "too short" to pydantic; one cause gets one line.
+        inner = {e["loc"][:depth] for e in errors for depth in range(1, len(e["loc"]))}
+        causes = [e for e in errors if not (e["type"] == "too_short" and e["loc"] in inner)]
+        raise FileProblems(where, [_explain(kind, e, f"{where}: {prefix}") for e in causes]) from error
 
 
 def _explain(kind: type[Section], error: Any, where: str) -> UsageError:

@@ -128,7 +128,7 @@ OTHER = "aarch64" if architecture() == "x86_64" else "x86_64"
 BAD: dict[str, tuple[Maker, int, str]] = {
     "not a zip": (raw(lambda good: b"PK but no zip"), 1, "not a zip"),
     "empty": (raw(lambda good: b""), 1, "not a zip"),
-    "absent": (lambda good, bad: None, 1, "No such file"),
+    "absent": (lambda good, bad: None, 2, "no such file"),
     "a folder": (lambda good, bad: bad.mkdir(), 1, "directory"),
     "truncated": (raw(lambda good: good[:-200]), 1, "not a zip"),
     "front cut off": (raw(lambda good: good[200:]), 1, "expected"),

@@ -187,11 +187,12 @@ def save_checkpoint(path: Path, model: nn.Module, meta: CheckpointMeta, half: bo
         meta: What is needed to build it again.
         half: Store fp16, as the embedded checkpoint does.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: (t.half() if half else t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    content: bytes = save(tensors, metadata={HEADER_KEY: json.dumps(asdict(meta), sort_keys=True)})
     with writing(path) as temporary:
-        save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(asdict(meta), sort_keys=True)})
+        temporary.write_bytes(content)
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, CheckpointMeta]:

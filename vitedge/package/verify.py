@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import vitedge
-from vitedge.errors import InputError, UnavailableError, VitedgeError
+from vitedge.errors import InputError, UnavailableError, UsageError, VitedgeError
 from vitedge.model_file import open_artifact
 from vitedge.package.archive import unpack
 from vitedge.package.contents import EXPECTED, LABELS, PREPROCESS, RUNNER, BundleManifest
@@ -53,10 +53,13 @@ def verify(path: Path, *, run: bool = True) -> Verified:
             the one this vitedge ships; a stranger's is refused.
 
     Raises:
+        UsageError: There is no such file.
         InputError: Something in the bundle is not what it must be, or the logits are beyond the tolerance.
         UnavailableError: This device lacks an instruction set, the provider or the runtime.
         OutputError: No room to unpack it.
     """
+    if not path.exists():
+        raise UsageError(str(path), expected="a bundle", found="no such file", fix="check the path, or make one with `vitedge package`")
     with tempfile.TemporaryDirectory(prefix="vitedge-verify-") as temporary:
         folder = Path(temporary)
         manifest = unpack(path, folder)

@@ -24,9 +24,9 @@ _SUPPORT = {"box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczo
 def _filter_weight(interpolation: str, t: np.ndarray) -> np.ndarray:
     distance = np.abs(t)
     if interpolation == "box":
-        return ((t > -0.5) & (t <= 0.5)).astype(np.float64)
+        return np.where((t > -0.5) & (t <= 0.5), 1.0, 0.0)
     if interpolation == "bilinear":
-        return np.clip(1.0 - distance, 0.0, None)
+        return np.where(distance < 1.0, 1.0 - distance, 0.0)
     if interpolation == "hamming":
         return np.where(distance < 1.0, np.sinc(t) * (0.54 + 0.46 * np.cos(np.pi * t)), 0.0)
     if interpolation == "lanczos":

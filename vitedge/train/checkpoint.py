@@ -5,6 +5,7 @@ Random numbers need no state: each step seeds its own from (seed, step).
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from vitedge.artifact import writing
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a training state whole or not at all, and onto the disk before it gets its name."""
-    with writing(path) as temporary:
-        torch.save(state, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+    content = io.BytesIO()
+    torch.save(state, content)
+    with writing(path) as temporary, temporary.open("wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_state(path: Path, key: str) -> dict[str, Any] | None:
