@@ -43,7 +43,7 @@ PROMISED = {
 def test_every_promised_field_is_there():
     plain = json.loads(dump(to_plain([make_measurement()], [Skipped("a", "b", "c", "why")])))
     assert plain["schema_version"] == 1
-    assert PROMISED <= set(plain["measurements"][0])
+    assert set(plain["measurements"][0]) >= PROMISED
     assert set(plain["measurements"][0]["latency_ms"]) == {"mean", "p50", "p90", "p99"}
     assert plain["skipped"][0]["reason"] == "why"
 

@@ -38,12 +38,12 @@ def test_one_row_for_all_batch_sizes_of_a_file_in_a_runtime():
     assert cells[0] == "model.fp32.onnx\n  onnxruntime fp32"
     assert cells[2] == "100\n10.0"
     assert cells[3] == "640\n12.5"
-    assert cells[4] == "91.42\n90.9 to 92.0"
+    assert cells[4] == "91.42\n90.9-92.0"
     assert cells[-2:] == ["baseline", "baseline"]
 
 
 def test_verdict_has_ratio_and_interval():
-    assert verdict(INT8.verdict) == "faster x2.31\n2.20 to 2.43"
+    assert verdict(INT8.verdict) == "faster x2.31\n2.20-2.43"
     assert verdict(Verdict("unknown", 1.5)) == "? x1.50"
     assert verdict(Verdict("unknown")) == "-"
 
@@ -79,21 +79,31 @@ def test_conditions_are_under_every_table():
 
 
 def test_fits_100_columns_with_nothing_cut():
-    measurements = [replace(m, batch_size=b, recipe="deit_tiny_int8") for m in (FP32, INT8) for b in (1, 8)]
+    measurements = [
+        replace(m, batch_size=b, recipe="deit_tiny_int8") for m in (replace(FP32, artifact="model.int8_dynamic.onnx"), INT8) for b in (1, 8)
+    ]
     text = printed(measurements)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
     for word in (
         "deit_tiny_int8",
+        "model.int8_dynamic.onnx",
         "openvino.int8_static",
         "openvino int8+bf16",
         "faster x2.31",
-        "2.20 to 2.43",
-        "90.9 to 92.0",
+        "2.20-2.43",
+        "90.9-92.0",
         "0.12",
-        "-0.05 to 0.29",
+        "-0.05..0.29",
     ):
         assert word in text
     assert "…" not in text
+
+
+def test_many_batch_sizes_are_tables_of_two():
+    text = printed([replace(INT8, batch_size=b) for b in (1, 2, 4, 8, 16)])
+    assert "…" not in text
+    assert [f"vs fp32, b{b}" in text for b in (1, 2, 4, 8, 16)] == [True] * 5
+    assert text.count("faster x2.31") == 5
 
 
 def test_square_brackets_in_names_are_text():

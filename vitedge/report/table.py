@@ -19,20 +19,31 @@ def print_table(console: Console, measurements: Sequence[Measurement], skipped: 
     from rich.text import Text
 
     for recipe in dict.fromkeys(measurement.recipe for measurement in measurements):
-        console.print(make_table(recipe, [m for m in measurements if m.recipe == recipe]))
+        own = [m for m in measurements if m.recipe == recipe]
+        batches = sorted({m.batch_size for m in own})
+        # More than two batch sizes do not fit beside each other in 100 columns.
+        for start in range(0, len(batches), 2):
+            console.print(make_table(recipe, own, batches[start : start + 2]), "")
     for line in notes(measurements, skipped):
         # Text, not markup: names and reasons may hold square brackets.
         console.print(Text(line), soft_wrap=False)
 
 
-def make_table(recipe: str, measurements: Sequence[Measurement]) -> Table:
-    """One recipe's rows."""
+def make_table(recipe: str, measurements: Sequence[Measurement], batches: Sequence[int]) -> Table:
+    """One recipe's rows at these batch sizes."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    batches = sorted({measurement.batch_size for measurement in measurements})
-    table = Table(title=recipe or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=recipe or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("artifact\nruntime, precision", no_wrap=True, overflow="fold", max_width=26)
     table.add_column("MiB\nRSS", justify="right", no_wrap=True)
     for batch in batches:
@@ -49,7 +60,7 @@ def make_table(recipe: str, measurements: Sequence[Measurement]) -> Table:
 def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[list[str]]:
     """The cells, two lines each, batch sizes side by side."""
     grouped: dict[Any, dict[int, Measurement]] = {}
-    for m in measurements:
+    for m in (m for m in measurements if m.batch_size in batches):
         grouped.setdefault((m.artifact, m.runtime, m.provider, m.precision), {})[m.batch_size] = m
     made = []
     for by_batch in grouped.values():
@@ -62,10 +73,10 @@ def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[li
                 *(speed(by_batch.get(batch)) for batch in batches),
                 NONE
                 if some.top1 is None or some.top1_interval is None
-                else f"{some.top1:.2f}\n{some.top1_interval[0]:.1f} to {some.top1_interval[1]:.1f}",
+                else f"{some.top1:.2f}\n{some.top1_interval[0]:.1f}-{some.top1_interval[1]:.1f}",
                 NONE
                 if some.top1_drop is None
-                else f"{_points(some.top1_drop.points)}\n{_points(some.top1_drop.low)} to {_points(some.top1_drop.high)}",
+                else f"{_points(some.top1_drop.points)}\n{_points(some.top1_drop.low)}..{_points(some.top1_drop.high)}",
                 *(NONE if batch not in by_batch else verdict(by_batch[batch].verdict) for batch in batches),
             ]
         )
@@ -94,7 +105,7 @@ def verdict(said: Verdict) -> str:
     if said.ratio is None:
         return NONE
     head = f"{'?' if said.relation == 'unknown' else said.relation} x{said.ratio:.2f}"
-    return head if said.low is None or said.high is None else f"{head}\n{said.low:.2f} to {said.high:.2f}"
+    return head if said.low is None or said.high is None else f"{head}\n{said.low:.2f}-{said.high:.2f}"
 
 
 def notes(measurements: Sequence[Measurement], skipped: Sequence[Skipped]) -> list[str]:
