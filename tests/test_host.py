@@ -22,7 +22,9 @@ processor : 1
 model name : Intel(R) Xeon(R) Gold 6438Y
 flags  : fpu
 """
-RASPBERRY_PI_5 = "processor : 0\nFeatures : fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp\nCPU part : 0xd0b\n"
+RASPBERRY_PI_5 = (
+    "processor : 0\nFeatures : fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp\nCPU part : 0xd0b\n"
+)
 MIB = 1 << 20
 
 
@@ -123,7 +125,9 @@ def test_gpus_are_named_by_their_driver(tmp_path: Path) -> None:
 
 
 def test_a_jetson_is_found_by_its_device_tree(tmp_path: Path) -> None:
-    _tree(tmp_path, {"proc/device-tree/compatible": "nvidia,p3768\0nvidia,tegra234\0", "proc/device-tree/model": "NVIDIA Jetson Orin Nano\0"})
+    _tree(
+        tmp_path, {"proc/device-tree/compatible": "nvidia,p3768\0nvidia,tegra234\0", "proc/device-tree/model": "NVIDIA Jetson Orin Nano\0"}
+    )
     assert host.gpus(tmp_path) == ("NVIDIA Jetson Orin Nano",)
 
 

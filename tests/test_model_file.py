@@ -17,9 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from tests import tiny
 from vitedge.artifact import hash_files
 from vitedge.errors import InputError, UsageError, VitedgeError
+from vitedge.host import tool_versions
 from vitedge.model_file import input_spec, open_artifact, write_contract
 from vitedge.model_file.onnx_wire import batch_symbol
 from vitedge.preprocess import LABELS_KEY, METADATA_KEY, Preprocessing
+from vitedge.runtimes._openvino_import import import_quietly
 
 IR = """<?xml version="1.0"?>
 <net name="net" version="11">
@@ -56,7 +58,14 @@ def _safetensors(path: Path, metadata: dict[str, str] | None, body: bytes = byte
 
 
 def _checkpoint_header() -> dict[str, str]:
-    meta = {"arch": "test_vit", "img_size": 8, "patch_size": 4, "num_classes": 4, "preprocessing": tiny.CONTRACT.to_json(), "labels": ["a", "b"]}
+    meta = {
+        "arch": "test_vit",
+        "img_size": 8,
+        "patch_size": 4,
+        "num_classes": 4,
+        "preprocessing": tiny.CONTRACT.to_json(),
+        "labels": ["a", "b"],
+    }
     return {"vitedge": json.dumps(meta)}
 
 
@@ -181,8 +190,9 @@ def test_the_scheme_of_an_ir_is_read_off_its_weights(tmp_path: Path, weights: st
 
 
 def test_an_ir_written_by_openvino_is_read_the_same(tmp_path: Path) -> None:
-    import openvino
-
+    if not tool_versions(["openvino"]):
+        pytest.skip("the [openvino] extra is not installed")
+    openvino = import_quietly("openvino")
     model = openvino.Core().read_model(tiny.write_tiny_onnx(tmp_path / "t.onnx"))
     model.set_rt_info(tiny.CONTRACT.to_json(), ["vitedge", "preprocessing"])
     model.set_rt_info(json.dumps(["ä<&'\"", "b"]), ["vitedge", "labels"])
@@ -219,7 +229,7 @@ _contracts = st.builds(
 @settings(max_examples=30, deadline=None)
 @given(contract=_contracts, labels=st.lists(st.text(max_size=12), max_size=5).map(tuple))
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, contract: Preprocessing, labels: tuple[str, ...]) -> None:
-    model = tiny.tiny_model(preprocessing=False)
+    model = _model()
     write_contract(model, contract, labels)
     artifact = open_artifact(_save(tmp_path_factory.mktemp("m") / "m.onnx", model))
     assert artifact.contract() == contract

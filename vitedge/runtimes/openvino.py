@@ -1,8 +1,7 @@
 """OpenVINO: CPU, GPU, NPU and AUTO devices; opens its own IR and ONNX files.
 
 Left alone it picks the float precision itself (bf16 on a processor with AMX), so the one asked for is
-set and read back. Types of what really runs are taken from the compiled graph. `Core` sends no telemetry:
-that is in the model conversion tools, which are not used here.
+set and read back. Types of what really runs are taken from the compiled graph.
 Properties: https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html
 """
 
@@ -19,6 +18,7 @@ from vitedge.artifact import Artifact
 from vitedge.errors import InputError, UnavailableError
 from vitedge.host import isa_flags, tool_versions
 from vitedge.runtimes import Availability, Facts, Session, Target, brief, check_request, refused, wrong_input
+from vitedge.runtimes._openvino_import import import_quietly
 
 FORMATS = ("openvino", "onnx")
 HEAVY = "openvino"
@@ -102,9 +102,7 @@ def load(artifact: Artifact, target: Target) -> Session:
 
 @functools.cache
 def _core() -> Any:
-    import openvino
-
-    return openvino.Core()
+    return import_quietly("openvino").Core()
 
 
 def _settings(target: Target) -> dict[str, Any]:

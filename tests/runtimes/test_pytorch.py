@@ -1,0 +1,75 @@
+"""What PyTorch really runs: the type of the linear layers, and the device asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from vitedge.artifact import Artifact
+from vitedge.errors import UnavailableError
+from vitedge.host import gpus
+from vitedge.model_file import open_artifact
+from vitedge.runtimes import Target, pytorch
+
+torch = pytest.importorskip("torch", reason="the [torch] extra is not installed")
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    from vitedge.models.build import CheckpointMeta, create, save_checkpoint
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("torch") / "c.safetensors"
+    meta = CheckpointMeta("test_vit", SIZE, 8, 4, tiny.CONTRACT.to_json(), tiny.LABELS)
+    save_checkpoint(path, create("test_vit", SIZE, 8, 4), meta)
+    return open_artifact(path)
+
+
+def _reference(artifact: Artifact, x_BCHW: np.ndarray) -> np.ndarray:
+    from vitedge.models.build import load_checkpoint
+
+    model, _ = load_checkpoint(artifact.path)
+    with torch.no_grad():
+        return model.double()(torch.from_numpy(x_BCHW).double()).numpy()
+
+
+@pytest.mark.parametrize(("precision", "low", "high"), [("fp32", 0, 1e-5), ("bf16", 1e-5, 5e-2), ("fp16", 1e-6, 5e-3)])
+def test_autocast_gives_the_precision_asked_for(artifact: Artifact, precision: str, low: float, high: float) -> None:
+    session = pytorch.load(artifact, Target("cpu", precision))
+    x_BCHW = tiny.images(3, SIZE)
+    error = np.abs(session(x_BCHW) - _reference(artifact, x_BCHW)).max()
+    assert low <= error < high
+    assert (session.facts.precision, session.facts.float_precision) == (precision, precision)
+
+
+def test_finding_out_the_precision_changes_nothing(artifact: Artifact) -> None:
+    session = pytorch.load(artifact, Target("cpu"))
+    before = session(tiny.images(2, SIZE))
+    counted = session.facts.node_counts["float"]
+    np.testing.assert_array_equal(before, session(tiny.images(2, SIZE)))
+    assert counted == session.describe().node_counts["float"], "hooks of the first count would count again"
+
+
+@pytest.mark.skipif(bool(gpus()), reason="this host has a GPU")
+def test_cuda_without_a_gpu_is_refused(artifact: Artifact) -> None:
+    with pytest.raises(UnavailableError, match="no NVIDIA GPU") as caught:
+        pytorch.load(artifact, Target("cuda"))
+    assert caught.value.exit_code == 4
+
+
+def test_a_gpu_beside_a_cpu_build_of_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytorch, "gpus", lambda: ("NVIDIA L4",))
+    monkeypatch.setattr(pytorch, "_built_for_cuda", lambda: False)
+    assert pytorch.available().providers == ("cpu",)
+    assert "built without CUDA" in pytorch.available().absent["cuda"]
+
+
+def test_the_build_is_told_without_importing_torch() -> None:
+    assert pytorch._built_for_cuda() == (torch.version.cuda is not None)
+    code = "import sys; from vitedge.runtimes import pytorch as r; r.available(); r._built_for_cuda(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
