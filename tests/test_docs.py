@@ -1,0 +1,92 @@
+"""Docs cannot drift: every command is documented, and the README's commands run as written."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitedge
+from vitedge.cli.main import LazyGroup, cli
+from vitedge.plugins import KINDS, names
+from vitedge.schema import list_files
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```console\n(.*?)```", README, flags=re.S)
+COMMANDS = [line[2:] for block in BLOCKS for line in block.splitlines() if line.startswith("$ ")]
+
+
+def command_names() -> list[str]:
+    import click
+
+    assert isinstance(cli, LazyGroup)
+    return cli.list_commands(click.Context(cli))
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_every_command_is_in_the_readme_and_has_help(name: str) -> None:
+    import click
+
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None and command.help
+    assert f"vitedge {name}" in README
+    assert all(getattr(option, "help", True) for option in command.params)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if "://" not in target:
+                assert (ROOT / target).exists(), f"{page}: {target}"
+
+
+def test_architecture_names_every_room() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rooms = {path.stem for path in Path(vitedge.__file__).parent.iterdir() if not path.name.startswith("_")}
+    assert [room for room in sorted(rooms) if f"`{room}" not in text] == []
+
+
+def test_every_kind_of_plugin_is_a_folder_that_can_be_listed() -> None:
+    assert all(isinstance(names(kind), list) for kind in KINDS)
+    assert set(names("runtimes")) >= {"onnxruntime", "openvino", "pytorch"}
+
+
+def test_the_install_line_comes_first() -> None:
+    head = "\n".join(README.splitlines()[:12])
+    assert "pip install" in head and "[all]" in head
+
+
+def test_the_changelog_knows_this_version() -> None:
+    assert f"## {vitedge.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_make_and_ci_do_what_the_readme_says() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test", "lint", "bench"):
+        assert re.search(rf"^{target}:", makefile, flags=re.M) and f"make {target}" in README
+    assert "make lint" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.timeout(600)
+def test_the_readmes_commands_run(tmp_path: Path) -> None:
+    """In order, in an empty folder, as a newcomer without data or network would."""
+    assert any("export" in command for command in COMMANDS) and any("verify" in command for command in COMMANDS)
+    binaries = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "CI": "1"}
+    for command in COMMANDS:
+        words = shlex.split(command)
+        assert words[0] in ("vitedge", "python", "unzip"), command
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_shipped_recipes_and_devices_are_where_the_readme_says() -> None:
+    assert (ROOT / "recipes").is_dir() and (ROOT / "devices").is_dir()
+    assert {"cpu", "cpu_f32", "cuda"} <= set(list_files("devices"))
