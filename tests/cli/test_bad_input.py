@@ -186,7 +186,9 @@ def onnx_of_wrong_rank(folder: Path, colours: Path) -> list[str]:
 
 def onnx_without_its_external_data(folder: Path, colours: Path) -> list[str]:
     model = onnx.load(write_tiny_onnx(folder / "small.onnx"))
-    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(numpy_helper.to_array(model.graph.initializer[0]), model.graph.initializer[0].name))
+    model.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(numpy_helper.to_array(model.graph.initializer[0]), model.graph.initializer[0].name)
+    )
     onnx.save(model, folder / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     (folder / "m.data").unlink()
     (folder / "small.onnx").unlink()
@@ -276,7 +278,11 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_bad_input_is_one_line(
-    case: Callable[[Path, Path], list[str]], tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: Callable[[Path, Path], list[str]],
+    tmp_path: Path,
+    colours: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     args = case(tmp_path, colours)
@@ -317,11 +323,14 @@ def test_a_full_or_read_only_disk(tmp_path: Path, colours: Path, options: str, e
     disk = tmp_path / "disk"
     disk.mkdir()
     recipe = write_recipe(tmp_path, colours, quantize={}, steps=[{"train": {"steps": 1, "precision": "fp32"}}])
-    script = f"mount -t tmpfs -o {options} none {disk} && {sys.executable} -m vitedge export --recipe {recipe} -o {disk}/out; code=$?; find {disk} -type f; exit $code"
+    command = f"{sys.executable} -m vitedge export --recipe {recipe} -o {disk}/out"
+    script = f"mount -t tmpfs -o {options} none {disk} && {command}; code=$?; find {disk} -type f; exit $code"
     probe = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(disk)], capture_output=True, text=True)
     if probe.returncode != 0:
         pytest.skip(f"this host gives no mount name space: {probe.stderr.strip()}")
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120, env={**os.environ, "CI": "1"})
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120, env={**os.environ, "CI": "1"}
+    )
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     assert expected in errors[0] and "Traceback" not in done.stderr

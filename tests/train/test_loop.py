@@ -45,7 +45,7 @@ def job(folder: Path, config: TrainConfig, **changes: object) -> TrainJob:
 
 
 def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
-    notes = train(tiny_vit(), job(tmp_path, TrainConfig(steps=30, batch_size=16, lr=1e-3, precision="fp32", shift=1)))
+    notes = train(tiny_vit(), job(tmp_path, TrainConfig(steps=30, batch_size=16, lr=1e-3, precision="fp32", shift=1))).notes
     assert notes["validation_top1"] > 90.0
     assert notes["steps"] == 30
     assert [point["step"] for point in notes["history"]] == list(range(3, 31, 3))
@@ -78,6 +78,16 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, precision: str) -
         assert torch.equal(expected, found), name
 
 
+def test_the_best_weights_stay_in_the_model_and_the_last_are_kept(tmp_path: Path) -> None:
+    # A rate that destroys what was learnt: the best evaluation comes before the last.
+    model = tiny_vit()
+    config = TrainConfig(steps=24, batch_size=16, lr=3e-2, warmup=0.0, clip_grad=None, precision="fp32", evaluate_every=1)
+    trained = train(model, job(tmp_path, config))
+    scores = [point["top1"] for point in trained.notes["history"]]
+    assert trained.notes["validation_top1"] == pytest.approx(max(scores), abs=0.01) and scores.index(max(scores)) < len(scores) - 1
+    assert any(not torch.equal(tensor, trained.last[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_half_written_state_is_not_resumed(tmp_path: Path) -> None:
     config = TrainConfig(steps=4, batch_size=16, precision="fp32", checkpoint_every=2)
     first = tiny_vit()
@@ -94,7 +104,7 @@ def test_a_state_of_another_run_is_not_resumed(tmp_path: Path) -> None:
     train(tiny_vit(), job(tmp_path, config, key="first"))
     seen: list[float] = []
     train(tiny_vit(), job(tmp_path, config, key="second", progress=lambda done, total, text="": seen.append(done)))
-    notes = train(tiny_vit(), job(tmp_path / "fresh", config, key="second"))
+    notes = train(tiny_vit(), job(tmp_path / "fresh", config, key="second")).notes
     assert seen == [4] and notes["steps"] == 4
 
 

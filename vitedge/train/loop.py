@@ -56,14 +56,24 @@ def total_steps(config: TrainConfig, images: int) -> int:
     return config.steps or max(1, math.ceil(config.epochs * images / min(config.batch_size, images)))
 
 
-def train(model: nn.Module, job: TrainJob) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trained:
+    """What a run left; the model itself holds the best weights.
+
+    Attributes:
+        notes: For the manifest: steps, seconds, images_per_s, validation top-1 over the run, conditions.
+        last: Weights of the last step, by tensor name, on the CPU.
+    """
+
+    notes: dict[str, Any]
+    last: dict[str, torch.Tensor]
+
+
+def train(model: nn.Module, job: TrainJob) -> Trained:
     """Train a model in place; it ends with the weights that did best on the validation split.
 
     Interrupted, it saves where it stood and raises on; called again with the same key, it goes on from
     there and ends with the same weights as an uninterrupted run.
-
-    Returns:
-        Notes for the manifest: steps, seconds, images_per_s, validation top-1 over the run, conditions.
 
     Raises:
         UnavailableError: The device or its precision is not there.
@@ -194,13 +204,14 @@ class _Run:
         self.history.append({"step": self.step, "top1": top1, "seconds": round(self.seconds, 1)})
         if top1 > self.best_top1:
             self.best_top1 = top1
-            self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            self.best_weights = self._weights()
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Trained:
         """Put the best weights in, and say how it went; the state stays until the caller has saved the result."""
+        last = self._weights()
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
-        return {
+        notes = {
             "steps": self.steps,
             "batch_size": self.batch_size,
             "seconds": round(self.seconds, 1),
@@ -212,6 +223,10 @@ class _Run:
             "threads": torch.get_num_threads(),
             "precision": self.config.precision,
         }
+        return Trained(notes, last)
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
 
 def evaluate_top1(model: nn.Module, batches: Batches, precision: str = "fp32", batch_size: int = 250) -> float:

@@ -25,6 +25,8 @@ from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
 from vitedge.train.loop import TrainJob, train
 
+LAST = "checkpoint.last.safetensors"
+
 
 @dataclass(frozen=True)
 class CheckpointJob:
@@ -68,7 +70,7 @@ def make_checkpoint(job: CheckpointJob) -> dict[str, Any]:
         record = _finished(done, key)
         if record is None:
             model = _model_before(job, meta, index, config)
-            record = _run_step(job, model, index, name, config, key)
+            record = _run_step(job, meta, model, index, name, config, key)
             save_checkpoint(done, model, meta)
             write_json(done.with_suffix(".json"), {"key": key, "notes": record})
         notes["steps"].append({name: record})
@@ -146,25 +148,20 @@ def _refuse_random(job: CheckpointJob, random: list[str]) -> None:
         )
 
 
-def _run_step(job: CheckpointJob, model: nn.Module, index: int, name: str, config: Any, key: str) -> dict[str, Any]:
-    """Run one step on the model in place; returns its notes."""
+def _run_step(job: CheckpointJob, meta: CheckpointMeta, model: nn.Module, index: int, name: str, config: Any, key: str) -> dict[str, Any]:
+    """Run one step on the model in place, which keeps its best weights; the last step's last weights are kept beside. Returns notes."""
     if not isinstance(config, TrainConfig) or job.dataset is None:
         raise UsageError(f"steps.{index}", expected="`train` with a data set", found=name, fix="see `vitedge recipes schema`")
     label = "train" if len(job.recipe.steps) == 1 else f"train {index + 1}/{len(job.recipe.steps)}"
     folder = job.work / f"step{index}"
-    notes = train(
-        model,
-        TrainJob(
-            config,
-            job.dataset.train,
-            job.dataset.validation,
-            job.recipe.contract(),
-            job.recipe.seed + index,
-            job.torch_device,
-            folder,
-            key,
-            job.bar(label),
-        ),
+    contract, seed = job.recipe.contract(), job.recipe.seed + index
+    trained = train(
+        model, TrainJob(config, job.dataset.train, job.dataset.validation, contract, seed, job.torch_device, folder, key, job.bar(label))
     )
     model.cpu()
-    return notes
+    if index == len(job.recipe.steps) - 1:
+        best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(trained.last)
+        save_checkpoint(job.path.with_name(LAST), model, meta)
+        model.load_state_dict(best)
+    return trained.notes
