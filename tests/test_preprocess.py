@@ -223,3 +223,10 @@ def test_every_bad_field_is_told_at_once() -> None:
 def test_what_is_no_contract_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a preprocessing contract"):
         Preprocessing.from_json(text)
+
+
+def test_a_photograph_is_turned_upright_as_its_note_says() -> None:
+    upright = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    stored.getexif()[0x0112] = 6
+    assert np.array_equal(Preprocessing(size=8).resize_crop(stored), np.asarray(upright))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 METADATA_KEY = "vitedge.preprocessing"
 LABELS_KEY = "vitedge.labels"
@@ -50,7 +50,7 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         problems = []
-        if not isinstance(self.size, int) or self.size < 1:
+        if type(self.size) is not int or self.size < 1:
             problems.append(f"size must be a positive whole number, not {self.size!r}")
         if self.crop not in ("squash", "center"):
             problems.append(f"crop must be squash or center, not {self.crop!r}")
@@ -97,7 +97,8 @@ class Preprocessing:
         Args:
             image: A Pillow image of any mode, or a uint8 array HWC (RGB) or HW (grey).
         """
-        pil = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        # A phone stores a turned photograph as it came off the sensor, with a note to turn it.
+        pil = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else Image.fromarray(image)
         if pil.mode != "RGB":
             pil = pil.convert("RGB")
         resample = Image.Resampling(_FILTERS[self.interpolation])
