@@ -74,6 +74,15 @@ def replace_nodes(graph: onnx.GraphProto, replacements: dict[str, list[onnx.Node
     graph.node.extend(copies)
 
 
+def constants_to_initializers(graph: onnx.GraphProto) -> None:
+    """Turn Constant nodes into initializers, in place."""
+    index = Index(graph)
+    values = {node.output[0]: index.constant(node.output[0]) for node in graph.node if node.op_type == "Constant"}
+    known = {name: value for name, value in values.items() if value is not None and value.dtype.kind in "fiub"}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in known.items())
+    replace_nodes(graph, {name: [] for name in known})
+
+
 def drop_unused_initializers(graph: onnx.GraphProto) -> int:
     """Remove initializers that nothing reads; returns how many went."""
     used = {value.name for value in graph.output} | _read_by(graph)
