@@ -31,7 +31,7 @@ class TimingSettings:
     """
 
     iterations: int = 10
-    seconds: float = 0.8
+    seconds: float = 0.5
     warmup_seconds: float = 2.0
 
 

@@ -32,9 +32,9 @@ EXISTING = click.Path(exists=True, path_type=Path)
     "--batch-size", "batch_sizes", type=click.IntRange(1), multiple=True, help="Batch size, repeatable; the profile's by default."
 )
 @click.option(
-    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Times every row is measured, in turns, each in a new process."
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Times every row is measured, in turns, each in a new process."
 )
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.8, show_default=True, help="Shortest timed span of a round.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, show_default=True, help="Shortest timed span of a round.")
 @click.option("--iterations", type=click.IntRange(1), default=10, show_default=True, help="Fewest timed inferences of a round.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of an inference; the profile's, else all usable cores.")
 @click.option("--runtime", "runtimes", metavar="NAME", multiple=True, help="Only this runtime of the profile, repeatable.")
