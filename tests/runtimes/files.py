@@ -71,8 +71,13 @@ def write_half(path: Path) -> Path:
     return _save(path, nodes, {"w": weight})
 
 
-def write_quantized_ir(path: Path) -> Path:
-    """`write_qdq`'s layers with a Gelu between them, as an OpenVINO IR with FakeQuantize, the way NNCF writes them."""
+def write_quantized_ir(path: Path, *, int8_constants: bool) -> Path:
+    """`write_qdq`'s layers with a Gelu between them, as an OpenVINO IR with FakeQuantize.
+
+    Args:
+        path: Where.
+        int8_constants: Weights stored as int8 and scaled, the way NNCF writes them; else float ones under a FakeQuantize.
+    """
     openvino = import_quietly("openvino")
     op = openvino.opset13
 
@@ -83,8 +88,11 @@ def write_quantized_ir(path: Path) -> Path:
     pixels = op.parameter([-1, 3, tiny.SIZE, tiny.SIZE], np.float32, name="pixels")
     value = op.reshape(pixels, op.constant(np.array([0, -1])), True)
     for index, weight in enumerate(int8_weights()):
-        constant = op.constant(weight.astype(np.float32) * SCALE)
-        value = op.matmul(fake_quantize(value, -2.0, 2.0, 256), fake_quantize(constant, -2.0, 2.0, 255), False, False)
+        if int8_constants:
+            weights = op.multiply(op.convert(op.constant(weight), "f32"), op.constant(np.array(SCALE, np.float32)))
+        else:
+            weights = fake_quantize(op.constant(weight.astype(np.float32) * SCALE), -2.0, 2.0, 255)
+        value = op.matmul(fake_quantize(value, -2.0, 2.0, 256), weights, False, False)
         value = op.gelu(value, "erf") if index == 0 else value
     openvino.save_model(openvino.Model([op.result(value)], [pixels], "quantized"), path, compress_to_fp16=False)
     return path

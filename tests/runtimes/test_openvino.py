@@ -28,9 +28,10 @@ def float_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return open_artifact(tiny.write_tiny_onnx(tmp_path_factory.mktemp("ov") / "m.onnx"))
 
 
-@pytest.fixture(scope="module")
-def int8_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return open_artifact(files.write_quantized_ir(tmp_path_factory.mktemp("ov8") / "model.xml"))
+@pytest.fixture(scope="module", params=[True, False], ids=["int8 constants", "fake-quantized weights"])
+def int8_artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    path = tmp_path_factory.mktemp("ov8") / "model.xml"
+    return open_artifact(files.write_quantized_ir(path, int8_constants=request.param))
 
 
 @needs_bf16

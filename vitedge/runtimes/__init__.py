@@ -48,7 +48,8 @@ class Facts:
         float_precision: Type of what stays in float in a quantized model.
         threads: Intra-operator threads.
         node_counts: Of the graph the engine really runs: nodes that are `int8`, `float`, and
-            `quantize_left` for Q/DQ nodes it did not fuse. Empty where the engine does not say.
+            `quantize_left` for Q/DQ nodes it did not fuse; `int4` where there are any, and on a GPU
+            `elsewhere` for nodes another provider took. `int8` and `float` count matrix products and convolutions.
     """
 
     runtime: str

@@ -59,7 +59,7 @@ def available() -> Availability:
 def refusal(provider: str, precision: str, isa: tuple[str, ...]) -> str:
     """Why a provider cannot run at a float precision; empty where it can."""
     if provider == CPU and precision != "fp32":
-        return f"ONNX Runtime's CPU provider runs float files in fp32, whatever the processor ({', '.join(isa) or 'no flags known'})"
+        return "ONNX Runtime's CPU provider, which runs float files in fp32 on any processor"
     return ""
 
 
@@ -126,7 +126,7 @@ def _options(target: Target, symbol: str) -> Any:
     return options
 
 
-def _providers(target: Target) -> list[tuple[str, dict[str, str]]]:
+def _providers(target: Target, scheme: str) -> list[tuple[str, dict[str, str]]]:
     """The provider asked for, and what may take the nodes it does not know: shapes, never matrix products."""
     if target.provider == CPU:
         return [(CPU, {})]
@@ -134,7 +134,10 @@ def _providers(target: Target) -> list[tuple[str, dict[str, str]]]:
     cuda = (CUDA, {"use_tf32": "0"})
     if target.provider == CUDA:
         return [cuda, (CPU, {})]
-    return [(TENSORRT, {f"trt_{target.precision}_enable": "1"} if target.precision != "fp32" else {}), cuda, (CPU, {})]
+    allowed = {f"trt_{target.precision}_enable": "1"} if target.precision != "fp32" else {}
+    if scheme.startswith("int8"):
+        allowed["trt_int8_enable"] = "1"
+    return [(TENSORRT, allowed), cuda, (CPU, {})]
 
 
 def _open(artifact: Artifact, target: Target, options: Any) -> Any:
@@ -143,7 +146,7 @@ def _open(artifact: Artifact, target: Target, options: Any) -> Any:
     if target.provider != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     try:
-        return onnxruntime.InferenceSession(os.fspath(artifact.path), options, providers=_providers(target))
+        return onnxruntime.InferenceSession(os.fspath(artifact.path), options, providers=_providers(target, artifact.scheme))
     except _engine_errors() as error:
         raise InputError(
             str(artifact.path),
@@ -252,6 +255,7 @@ def _executed(artifact: Artifact, target: Target, symbol: str, shape: tuple[int 
     request = {
         "artifact": os.fspath(artifact.path.resolve()),
         "target": [target.provider, target.precision, target.threads, target.batch_size],
+        "scheme": artifact.scheme,
         "symbol": symbol,
         "shape": [has or wanted for has, wanted in zip(shape, free, strict=True)],
     }
@@ -287,6 +291,6 @@ def profile(request: str, folder: str) -> None:
     options = _options(target, asked["symbol"])
     options.enable_profiling = True
     options.profile_file_prefix = os.path.join(folder, "profile")
-    session = onnxruntime.InferenceSession(asked["artifact"], options, providers=_providers(target))
+    session = onnxruntime.InferenceSession(asked["artifact"], options, providers=_providers(target, asked["scheme"]))
     session.run(None, {session.get_inputs()[0].name: np.zeros(asked["shape"], np.float32)})
     session.end_profiling()
