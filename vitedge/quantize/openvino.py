@@ -183,7 +183,12 @@ def _library_errors(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly(nncf: Any) -> Iterator[None]:
-    """NNCF logs, and draws bars of its own on stdout; progress is the command line's to draw."""
+    """NNCF logs, draws bars of its own on stdout, and loads torch, which logs about CUDA; progress is the command line's to draw."""
     nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -18,12 +17,12 @@ _TELEMETRY = "openvino_telemetry"
 
 
 def import_quietly(name: str) -> ModuleType:
-    """Import a package of OpenVINO's family with telemetry and its import-time chatter off.
+    """Import a package of OpenVINO's family with its telemetry off.
 
     Raises:
         ImportError: It is not installed, or does not load here.
     """
-    with _telemetry_hidden(), _torch_extension_quiet():
+    with _telemetry_hidden():
         return importlib.import_module(name)
 
 
@@ -37,15 +36,3 @@ def _telemetry_hidden() -> Iterator[None]:
         del sys.modules[_TELEMETRY]
         if before is not None:
             sys.modules[_TELEMETRY] = before
-
-
-@contextlib.contextmanager
-def _torch_extension_quiet() -> Iterator[None]:
-    """NNCF imports torch where there is one, and torch logs that a CUDA toolkit without a GPU is of no use."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
