@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from vitedge.runtimes._openvino_import import import_quietly
 
 CLASSES = ("blue", "green", "red")
 
@@ -37,6 +40,9 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
         if variable in os.environ:
             os.environ[f"{variable}_FOR_TESTS"] = os.environ.pop(variable)
     os.environ["VITEDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    # Before any test imports it plainly: a plain import reports over the network and writes into the home folder.
+    with contextlib.suppress(ImportError):
+        import_quietly("openvino")
 
 
 @pytest.fixture(scope="session")
