@@ -17,7 +17,6 @@ import onnx
 
 from vitedge.errors import InputError
 from vitedge.progress import Progress
-from vitedge.quantize._source import batches
 
 METHODS = ("minmax", "percentile", "entropy")
 
@@ -25,8 +24,7 @@ METHODS = ("minmax", "percentile", "entropy")
 def activation_ranges(
     model_path: Path,
     tensors: Iterable[str],
-    x_BCHW: np.ndarray,
-    batch_size: int,
+    items: list[np.ndarray],
     method: str,
     percentile: float,
     progress: Progress,
@@ -36,11 +34,10 @@ def activation_ranges(
     Args:
         model_path: The float model; an augmented copy is written beside it.
         tensors: Names of the activations.
-        x_BCHW: Calibration images.
-        batch_size: Images run at once.
+        items: Batches of calibration images.
         method: One of `METHODS`.
         percentile: Share of an activation's values kept by `percentile`, in percent.
-        progress: Told of images.
+        progress: Told of batches.
 
     Raises:
         InputError: A range is not finite, or no tensor of that name was seen.
@@ -49,9 +46,9 @@ def activation_ranges(
     input_name = onnx.load(model_path, load_external_data=False).graph.input[0].name
     # The library prints what it does.
     with contextlib.redirect_stdout(io.StringIO()):
-        for done, batch in enumerate(batches(x_BCHW, batch_size)):
+        for done, batch in enumerate(items):
             calibrator.collect_data(_reader({input_name: batch}))
-            progress(min((done + 1) * batch_size, len(x_BCHW)), len(x_BCHW), "calibration images")
+            progress(done + 1, len(items), "of the calibration images")
         ranges = calibrator.compute_data()
     for name, data in ranges.items():
         low, high = (np.asarray(side, np.float64) for side in data.range_value)

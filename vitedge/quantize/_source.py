@@ -40,9 +40,23 @@ def calibration_images(job: Job) -> np.ndarray:
     return x_BCHW
 
 
-def batches(x_BCHW: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """The images in order, `batch_size` at a time; the last batch may be smaller."""
-    return [np.ascontiguousarray(x_BCHW[i : i + batch_size]) for i in range(0, len(x_BCHW), batch_size)]
+def batches(x_BCHW: np.ndarray, batch_size: int, fixed: int | None = None) -> list[np.ndarray]:
+    """The images in order, `batch_size` at a time; the last batch may be smaller.
+
+    Args:
+        x_BCHW: The images.
+        batch_size: Images run at once.
+        fixed: The batch of a model that takes no other; a last incomplete batch is then left out.
+
+    Raises:
+        UsageError: Fewer images than the model's fixed batch.
+    """
+    if fixed is not None and len(x_BCHW) < fixed:
+        raise UsageError(
+            "calibration images", expected=f"at least the model's batch of {fixed}", found=str(len(x_BCHW)), fix="give more images"
+        )
+    step, end = (batch_size, len(x_BCHW)) if fixed is None else (fixed, len(x_BCHW) - len(x_BCHW) % fixed)
+    return [np.ascontiguousarray(x_BCHW[i : i + step]) for i in range(0, end, step)]
 
 
 def matching(names: Sequence[str], patterns: Iterable[str]) -> list[str]:

@@ -24,10 +24,10 @@ from vitedge.graph import strip_metadata
 from vitedge.graph._index import constants_to_initializers
 from vitedge.graph._run import run_passes
 from vitedge.host import tool_versions
-from vitedge.model_file import input_spec
+from vitedge.model_file import input_spec, write_contract
 from vitedge.quantize import Job
 from vitedge.quantize._calibrate import activation_ranges
-from vitedge.quantize._source import calibration_images, matching
+from vitedge.quantize._source import batches, calibration_images, matching
 from vitedge.recipe import Scheme
 
 HEAVY = "onnxruntime"
@@ -110,6 +110,9 @@ def quantize(job: Job) -> Artifact:
         ) from error
     _drop_metadata(quantized, _PREPARED[0], "onnx.infer")
     strip_metadata.apply(quantized)
+    contract = job.source.contract()
+    if contract is not None:  # the source's own, or the one that was given for a file without
+        write_contract(quantized, contract, job.source.labels)
     return _write(job, quantized, settings, prepared)
 
 
@@ -182,10 +185,11 @@ def _static(prepared: _Prepared, settings: dict[str, Any], images: np.ndarray, j
     watched = {name for node in chosen for name in node.input[:2] if name not in constants}
     # A Conv fuses to integer arithmetic only when its output is quantized too.
     watched |= {node.output[0] for node in chosen if node.op_type == "Conv"}
+    items = batches(images, job.batch_size, fixed=input_spec(job.source).batch_size)
     with tempfile.TemporaryDirectory(prefix="vitedge-quantize-") as temporary:
         path = Path(temporary) / "float.onnx"
         onnx.save(prepared.model, path)
-        ranges = activation_ranges(path, watched, images, job.batch_size, settings["method"], settings["percentile"], job.progress)
+        ranges = activation_ranges(path, watched, items, settings["method"], settings["percentile"], job.progress)
     quantizer = QDQQuantizer(
         model,
         settings["per_channel"],

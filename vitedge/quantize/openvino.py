@@ -79,9 +79,8 @@ def _quantize(nncf: Any, model: Any, images: np.ndarray, job: Job) -> tuple[Any,
         disable_bias_correction=config.bias_correction == "off",
         smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=alpha),
     )
-    batch_size = input_spec(job.source).batch_size or 1
     # Statistics are per image: NNCF averages over items, so an item is one image where the model allows it.
-    items = [batch for batch in batches(images, batch_size) if len(batch) == batch_size]
+    items = batches(images, 1, fixed=input_spec(job.source).batch_size)
     passes = 1 if config.smooth_quant_alpha is None else 2
     quantized = nncf.quantize(
         model,
@@ -105,7 +104,7 @@ class _Watched:
     def __iter__(self) -> Iterator[np.ndarray]:
         for item in self._items:
             self._taken += 1
-            self._progress(min(self._taken, self._total), self._total, "calibration images")
+            self._progress(min(self._taken, self._total), self._total, "of the calibration images")
             yield item
 
     def __len__(self) -> int:
@@ -113,7 +112,15 @@ class _Watched:
 
 
 def _describe(model: Any, job: Job) -> None:
-    """Store the contract and the labels in the model, where `model_file` looks for them."""
+    """Store the contract and the labels where `model_file` looks for them, and number unnamed nodes by position.
+
+    OpenVINO names nodes that have no name after a counter of the whole process: the same job would not
+    give the same bytes.
+    """
+    for position, op in enumerate(model.get_ordered_ops()):
+        kind, *rest = op.get_friendly_name().split("/")
+        if re.fullmatch(r"[A-Z][A-Za-z]*_\d+", kind):
+            op.set_friendly_name("/".join([f"{op.get_type_name()}_{position}", *rest]))
     if job.source.preprocessing is not None:
         model.set_rt_info(job.source.preprocessing, list(PREPROCESSING_INFO))
     if job.source.labels:
