@@ -103,7 +103,7 @@ WRONG: dict[str, tuple[Any, list[str], int, str]] = {
     "output a folder": (None, [*PACKAGE, "-o", "tiny"], 2, "a folder"),
     "output the model": (None, [*PACKAGE, "-o", "tiny/model.fp32.onnx", "--overwrite"], 2, "an artifact of the build folder"),
     "output below a file": (None, [*PACKAGE, "-o", "board.yaml/a.zip"], 1, "board.yaml"),
-    "verify nothing": (None, ["verify", "nothing.zip"], 1, "nothing.zip"),
+    "verify nothing": (None, ["verify", "nothing.zip"], 2, "nothing.zip"),
 }
 
 
