@@ -25,12 +25,7 @@ def apply(model: onnx.ModelProto) -> PassResult:
 
     The MatMul keeps the Conv's name, so that a pattern that excludes the node still does.
     """
-    return apply_except(model, frozenset())
-
-
-def apply_except(model: onnx.ModelProto, exclude: frozenset[str]) -> PassResult:
-    """The same, leaving the Convs with these names alone."""
-    candidates = [node.output[0] for node in model.graph.node if node.op_type == "Conv" and node.name not in exclude]
+    candidates = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
     changed = sum(_rewrite(model.graph, output) for output in candidates)
     if changed:
         drop_unused_initializers(model.graph)
