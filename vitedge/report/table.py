@@ -44,14 +44,14 @@ def make_table(recipe: str, measurements: Sequence[Measurement], batches: Sequen
         show_edge=False,
         collapse_padding=True,
     )
-    table.add_column("artifact\nruntime, precision", no_wrap=True, overflow="fold", max_width=26)
+    table.add_column("artifact\nruntime, precision", no_wrap=True, overflow="fold", max_width=24)
     table.add_column("MiB\nRSS", justify="right", no_wrap=True)
     for batch in batches:
         table.add_column(f"{'it' if batch == 1 else 'img'}/s b{batch}\np50 ms", justify="right", no_wrap=True)
     table.add_column("top-1 %\n95 %", justify="right", no_wrap=True)
     table.add_column("drop\n95 %", justify="right", no_wrap=True)
     for batch in batches:
-        table.add_column(f"vs fp32, b{batch}\n95 %", no_wrap=True)
+        table.add_column(f"vs fp32, b{batch}\n95 %", no_wrap=True, min_width=len("faster x1.23"))
     for cells in rows(measurements, batches):
         table.add_row(*(Text(cell) for cell in cells))
     return table
