@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from vitedge.models.weights import WeightsSource, locate
 from vitedge.progress import Progress, silent
 from vitedge.quantize import Job
 from vitedge.recipe import Recipe, TrainConfig
+from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,25 +36,6 @@ if TYPE_CHECKING:
 STAGE_VERSIONS = {"checkpoint": 1, "export": 1, "quantize": 1}
 WORK = ".work"
 Bar = Callable[[str], Progress]
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What will be done about one stage, and why.
-
-    Attributes:
-        name: `checkpoint`, `export`, or `quantize <library.scheme>`.
-        action: `run` | `reuse` | `skip`.
-        reason: Why, for people.
-        inputs: What the stage's key is made of.
-        seconds: About how long, from the last run or from the kind of work; 0 when not run.
-    """
-
-    name: str
-    action: str
-    reason: str
-    inputs: dict[str, Any]
-    seconds: float
 
 
 class Pipeline:
@@ -191,32 +173,7 @@ class Pipeline:
         self.manifest = Manifest(self.root)
 
     def _plan(self, stage: str, inputs: dict[str, Any], outputs: list[str], after: str | None) -> StagePlan:
-        record = self.manifest.stages.get(stage)
-        seconds = float(record["seconds"]) if record else self._estimate(stage)
-        if record is None:
-            return StagePlan(stage, "run", "not built yet", inputs, seconds)
-        if after:
-            return StagePlan(stage, "run", f"{after} is made anew", inputs, seconds)
-        changed = [f"{name} changed" for name in inputs if record["inputs"].get(name) != inputs[name]]
-        if changed:
-            return StagePlan(stage, "run", ", ".join(changed), inputs, seconds)
-        for name in outputs:
-            artifact = self.manifest.artifacts.get(name)
-            if artifact is None or not all(path.is_file() for path in artifact.files):
-                return StagePlan(stage, "run", f"{name} is missing", inputs, seconds)
-            if hash_files(list(artifact.files)) != artifact.sha256:
-                return StagePlan(stage, "run", f"{name} was changed by hand", inputs, seconds)
-        return StagePlan(stage, "reuse", "nothing changed", inputs, 0.0)
-
-    def _estimate(self, stage: str) -> float:
-        """Seconds on two cores of a current Xeon; a first guess, replaced by the real figure after one run."""
-        if stage == "checkpoint":
-            per_image = 4.0e-3 * (self.recipe.model.img_size / (self.recipe.model.patch_size or 16) / 7) ** 2
-            images = sum(
-                c.steps * c.batch_size if c.steps else c.epochs * 45_000 for _, c in self.recipe.steps if isinstance(c, TrainConfig)
-            )
-            return 5.0 + images * per_image
-        return 25.0 if stage == "export" or "static" in stage else 8.0
+        return decide(self.manifest, stage, inputs, outputs, after, estimate_seconds(self.recipe, stage))
 
     def _checkpoint_inputs(self) -> dict[str, Any]:
         plain = self.recipe.to_plain()
@@ -358,12 +315,6 @@ class Pipeline:
         images = self.dataset.train.images
         chosen = generator.choice(len(images), size=min(count, len(images)), replace=False)
         return contract([images[int(i)] for i in np.sort(chosen)])
-
-
-def artifact_name(scheme_name: str) -> str:
-    """File name of a scheme: `openvino.int8_static` is a folder of that name, ONNX Runtime's are `model.<scheme>.onnx`."""
-    library, _, scheme = scheme_name.partition(".")
-    return scheme_name if library == "openvino" else f"model.{scheme}.onnx"
 
 
 def require_torch(command: str) -> None:

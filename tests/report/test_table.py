@@ -93,10 +93,19 @@ def test_fits_100_columns_with_nothing_cut():
         "2.20-2.43",
         "90.9-92.0",
         "0.12",
-        "-0.05..0.29",
+        "-0.05~0.29",
     ):
         assert word in text
     assert "…" not in text
+
+
+def test_the_widest_interval_of_a_drop_fits_too():
+    assert INT8.top1_drop is not None
+    gained = replace(INT8, top1_drop=replace(INT8.top1_drop, points=-0.2, low=-0.38, high=-0.02), images_per_s=1234.0)
+    fp32 = replace(FP32, artifact="model.int8_dynamic.onnx")
+    text = printed([replace(m, batch_size=b) for m in (fp32, gained) for b in (1, 8)])
+    assert "-0.38~-0.02" in text and "…" not in text
+    assert text.count("faster x2.31") == 2
 
 
 def test_many_batch_sizes_are_tables_of_two():

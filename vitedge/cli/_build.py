@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitedge.cli._output import data_option, device_option, json_option, say, seed_option, weights_option
+from vitedge.cli._output import data_option, device_option, json_option, progress_bars, say, seed_option, weights_option
 
 if TYPE_CHECKING:
-    from vitedge.pipeline import Pipeline, StagePlan
+    from vitedge.artifact import Manifest
+    from vitedge.pipeline import Pipeline
+    from vitedge.stage import StagePlan
 
 
 def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +75,21 @@ def only_builder(root: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def build(pipeline: Pipeline, dry_run: bool, overwrite: bool, only: str | None = None) -> tuple[list[StagePlan], Manifest | None]:
+    """Show the plan and, unless this is a dry run, carry it out; the manifest is None for a dry run."""
+    if dry_run:
+        plans = pipeline.plan(only)
+        show_plan(plans)
+        return plans, None
+    with only_builder(pipeline.root):
+        if overwrite:
+            pipeline.clear()
+        plans = pipeline.plan(only)
+        show_plan(plans)
+        with progress_bars() as bar:
+            return plans, pipeline.run(plans, bar)
 
 
 def show_plan(plans: list[StagePlan]) -> None:

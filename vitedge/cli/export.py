@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitedge.cli._build import build_options, only_builder, open_pipeline, plan_json, show_plan
-from vitedge.cli._output import emit_json, progress_bars, say
+from vitedge.cli._build import build, build_options, open_pipeline, plan_json
+from vitedge.cli._output import emit_json, say
 
 if TYPE_CHECKING:
     from vitedge.artifact import Manifest
-    from vitedge.pipeline import StagePlan
+    from vitedge.stage import StagePlan
 
 
 @click.command("export")
@@ -38,31 +38,13 @@ def command(
     vitedge export --recipe deit_tiny_112_int8 --dry-run  what would be done, why, and about how long
     """
     pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite)
-    if dry_run:
-        plans = pipeline.plan()
-        show_plan(plans)
-        if as_json:
-            emit_json({"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(pipeline.root), "stages": plan_json(plans)})
-        return
-    with only_builder(pipeline.root):
-        if overwrite:
-            pipeline.clear()
-        plans = pipeline.plan()
-        show_plan(plans)
-        with progress_bars() as bar:
-            manifest = pipeline.run(plans, bar)
+    plans, manifest = build(pipeline, dry_run, overwrite)
+    plain = {"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(pipeline.root), "stages": plan_json(plans)}
+    if manifest is not None:
+        plain["artifacts"] = [artifact.to_plain(manifest.root) for artifact in manifest.artifacts.values()]
     if as_json:
-        artifacts = [a.to_plain(manifest.root) for a in manifest.artifacts.values()]
-        emit_json(
-            {
-                "schema_version": 1,
-                "recipe": pipeline.recipe.name,
-                "build": str(manifest.root),
-                "stages": plan_json(plans),
-                "artifacts": artifacts,
-            }
-        )
-    else:
+        emit_json(plain)
+    elif manifest is not None:
         _show(manifest, plans, device)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from vitedge.cli._build import build_options, only_builder, open_pipeline, plan_json, show_plan
-from vitedge.cli._output import emit_json, progress_bars, say
+from vitedge.cli._build import build, build_options, open_pipeline, plan_json
+from vitedge.cli._output import emit_json, say
 
 
 @click.command("train")
@@ -34,29 +34,13 @@ def command(
     vitedge eval build/deit_tiny_112_int8/checkpoint.safetensors
     """
     pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite)
-    if dry_run:
-        plans = pipeline.plan(only="checkpoint")
-        show_plan(plans)
-        if as_json:
-            emit_json({"schema_version": 1, "recipe": pipeline.recipe.name, "stages": plan_json(plans)})
-        return
-    with only_builder(pipeline.root):
-        if overwrite:
-            pipeline.clear()
-        plans = pipeline.plan(only="checkpoint")
-        show_plan(plans)
-        with progress_bars() as bar:
-            manifest = pipeline.run(plans, bar)
-    checkpoint = manifest.artifacts["checkpoint.safetensors"]
+    plans, manifest = build(pipeline, dry_run, overwrite, only="checkpoint")
+    plain = {"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(pipeline.root), "stages": plan_json(plans)}
+    checkpoint = manifest.artifacts["checkpoint.safetensors"] if manifest is not None else None
     if as_json:
-        emit_json(
-            {
-                "schema_version": 1,
-                "recipe": pipeline.recipe.name,
-                "stages": plan_json(plans),
-                "checkpoint": checkpoint.to_plain(manifest.root),
-            }
-        )
+        emit_json({**plain, "checkpoint": checkpoint.to_plain(pipeline.root)} if checkpoint else plain)
+        return
+    if checkpoint is None:
         return
     for step in checkpoint.notes["steps"]:
         for name, notes in step.items():

@@ -76,7 +76,7 @@ def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[li
                 else f"{some.top1:.2f}\n{some.top1_interval[0]:.1f}-{some.top1_interval[1]:.1f}",
                 NONE
                 if some.top1_drop is None
-                else f"{_points(some.top1_drop.points)}\n{_points(some.top1_drop.low)}..{_points(some.top1_drop.high)}",
+                else f"{_points(some.top1_drop.points)}\n{_points(some.top1_drop.low)}~{_points(some.top1_drop.high)}",
                 *(NONE if batch not in by_batch else verdict(by_batch[batch].verdict) for batch in batches),
             ]
         )

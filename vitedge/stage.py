@@ -1,0 +1,73 @@
+"""One stage of a build: what will be done about it, why, and about how long that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vitedge.artifact import Manifest, hash_files
+from vitedge.recipe import Recipe, TrainConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What will be done about one stage, and why.
+
+    Attributes:
+        name: `checkpoint`, `export`, or `quantize <library.scheme>`.
+        action: `run` | `reuse` | `skip`.
+        reason: Why, for people.
+        inputs: What the stage's key is made of.
+        seconds: About how long, from the last run or from the kind of work; 0 when not run.
+    """
+
+    name: str
+    action: str
+    reason: str
+    inputs: dict[str, Any]
+    seconds: float
+
+
+def decide(manifest: Manifest, stage: str, inputs: dict[str, Any], outputs: list[str], after: str | None, seconds: float) -> StagePlan:
+    """Run or reuse a stage.
+
+    Args:
+        manifest: What was built before.
+        stage: The stage's name.
+        inputs: What its key is made of now.
+        outputs: Names of the artifacts it makes.
+        after: An earlier stage that is made anew, so that this one has to be; None where there is none.
+        seconds: About how long it takes where no earlier run says.
+    """
+    record = manifest.stages.get(stage)
+    if record is None:
+        return StagePlan(stage, "run", "not built yet", inputs, seconds)
+    seconds = float(record["seconds"])
+    if after:
+        return StagePlan(stage, "run", f"{after} is made anew", inputs, seconds)
+    changed = [f"{name} changed" for name in inputs if record["inputs"].get(name) != inputs[name]]
+    if changed:
+        return StagePlan(stage, "run", ", ".join(changed), inputs, seconds)
+    for name in outputs:
+        artifact = manifest.artifacts.get(name)
+        if artifact is None or not all(path.is_file() for path in artifact.files):
+            return StagePlan(stage, "run", f"{name} is missing", inputs, seconds)
+        if hash_files(list(artifact.files)) != artifact.sha256:
+            return StagePlan(stage, "run", f"{name} was changed by hand", inputs, seconds)
+    return StagePlan(stage, "reuse", "nothing changed", inputs, 0.0)
+
+
+def estimate_seconds(recipe: Recipe, stage: str) -> float:
+    """Seconds on two cores of a current Xeon; a first guess, replaced by the real figure after one run."""
+    if stage == "checkpoint":
+        # 250 images/s at 7 x 7 patches (results/LOG.md), and cost grows with their number.
+        per_image = 4.0e-3 * (recipe.model.img_size / (recipe.model.patch_size or 16) / 7) ** 2
+        images = sum(c.steps * c.batch_size if c.steps else c.epochs * 45_000 for _, c in recipe.steps if isinstance(c, TrainConfig))
+        return 5.0 + images * per_image
+    return 25.0 if stage == "export" or "static" in stage else 8.0
+
+
+def artifact_name(scheme_name: str) -> str:
+    """File name of a scheme: `openvino.int8_static` is a folder of that name, ONNX Runtime's are `model.<scheme>.onnx`."""
+    library, _, scheme = scheme_name.partition(".")
+    return scheme_name if library == "openvino" else f"model.{scheme}.onnx"
