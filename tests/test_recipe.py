@@ -145,3 +145,8 @@ def test_cli_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["recipe"]["model"]["weights"] == "builtin"
     assert run(["recipes", "schema"]) == 0
     assert json.loads(capsys.readouterr().out)["type"] == "object"
+
+
+def test_options_may_be_typed_in_snake_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run(["export", "--recipe", "deit_tiny_int8", "-o", str(tmp_path / "out"), "--dry_run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "deit_tiny_int8"

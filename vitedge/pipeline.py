@@ -145,6 +145,8 @@ class Pipeline:
             UnavailableError: An extra that a stage needs is not installed.
             VitedgeError: A stage failed; earlier stages are kept.
         """
+        for left_by_a_kill in self.root.glob(".*.part"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
         write_text(self.root / "recipe.yaml", yaml.safe_dump(self.recipe.to_plain(), sort_keys=False))
         for plan in plans:
             if plan.action != "run":

@@ -61,7 +61,8 @@ class LazyGroup(click.Group):
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
-        "token_normalize_func": lambda t: t.replace("_", "-") if t.startswith("-") else t,
+        # Users of other tools of this field type --dry_run and --batch_size.
+        "token_normalize_func": lambda name: name.replace("_", "-"),
     },
 )
 @click.version_option(vitedge.__version__, "-V", "--version", prog_name="vitedge")

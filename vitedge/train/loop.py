@@ -164,8 +164,6 @@ class _Run:
         self.model.train()
         with torch.autocast(self.device.type, _AUTOCAST[config.precision], enabled=config.precision != "fp32"):
             logits_BC = self.model(x_BCHW)
-        if isinstance(logits_BC, tuple):  # DeiT's two heads while distilling; both learn the label here
-            logits_BC = torch.stack(logits_BC).mean(0)
         loss = F.cross_entropy(logits_BC.float(), labels_B, label_smoothing=config.label_smoothing)
         self.scaler.scale(loss).backward()
         if config.clip_grad:
