@@ -20,11 +20,15 @@ from vitedge.schema import Section, load_yaml, resolve_file, validate
 
 
 class ModelSpec(Section):
-    """Any timm ViT or DeiT, at any image and patch size."""
+    """Any timm ViT or DeiT, at any image and patch size; or any other timm classifier, to teach one."""
 
     arch: str = Field("deit_tiny_patch16_224", description="timm's model name")
     img_size: int = Field(224, ge=8, le=1024, description="side of the square input, pixels")
     patch_size: int | None = Field(None, ge=1, le=64, description="side of a patch, pixels; null keeps the architecture's")
+    stem: Literal["own", "small"] = Field(
+        "own", description="small: a ResNet starts with a 3x3 convolution and no pooling, for images of about 32 px"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
     weights: str = Field("pretrained", description="builtin | pretrained | none | path of a .safetensors or state-dict file")
 
     @model_validator(mode="after")
@@ -61,20 +65,38 @@ class TrainConfig(Section):
 
     epochs: float = Field(3, gt=0, description="passes over the training images; may be fractional")
     steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, description="images of one optimizer step, over all processes")
+    accumulate: int = Field(1, ge=1, description="parts a process takes its share of a batch in, to spare memory")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.05, ge=0, description="not applied to norms, biases and embeddings")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block relative to the block after it")
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the moving average of weights, which is what is evaluated and kept")
     flip: bool = Field(True, description="random horizontal flips")
     shift: int = Field(4, ge=0, description="random shifts of up to this many pixels of the stored image")
+    randaugment: int = Field(0, ge=0, le=8, description="operations of RandAugment per image; 0 for none")
+    randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength of those operations, of 30")
+    erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a random rectangle of an image")
+    mixup: float = Field(0.0, ge=0, description="alpha of Mixup; 0 for none")
+    cutmix: float = Field(0.0, ge=0, description="alpha of CutMix; 0 for none. With both, each group of images takes one of them")
+    views: int = Field(
+        0, ge=0, description="augmented views per image, repeated in turn, so that a teacher judges each once; 0: always new"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate")
     patch_drop: float = Field(0.0, ge=0, lt=1, description="share of the patch tokens dropped at random from each training image")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast type of the forward pass")
     compile: bool = Field(False, description="torch.compile the model; needs a C++ compiler on a CPU")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations on the validation split; 0 for ten in the run")
+    patience: int = Field(0, ge=0, description="evaluations without a better top-1 before the run ends early; 0 for never")
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints that a killed run resumes from")
+
+    @model_validator(mode="after")
+    def _views_are_fixed(self) -> TrainConfig:
+        if self.views and (self.mixup or self.cutmix):
+            raise ValueError("views: 0 beside mixup or cutmix, whose mixtures are never the same twice")
+        return self
 
 
 class ExportConfig(Section):

@@ -36,7 +36,7 @@ def test_attention_is_written_out() -> None:
 def test_unknown_names_get_the_closest() -> None:
     with pytest.raises(UsageError, match="did you mean 'deit_tiny_patch16_224'"):
         create("deit_tiny_patch16_24", 8, 4, 3)
-    with pytest.raises(UsageError, match="ViT"):
+    with pytest.raises(UsageError, match="patch_size"):
         create("resnet18", 8, 4, 3)
 
 

@@ -1,1 +1,105 @@
-"""Compression techniques, one file each; see CONTRIBUTING.md for the contract."""
+"""Compression techniques, one file each, behind one contract.
+
+A module offers `Config` (a `vitedge.schema.Section`), `files(config, builds) -> list[Path]` (the files whose
+contents its result depends on, for the build's key; `builds` is the folder that holds build folders), and
+`apply(model, config, context) -> Compressed`. It imports without torch; code that needs torch lies in a
+sibling file whose name starts with `_`. In a recipe's `steps:` a technique acts on the model at once, and its
+losses and hooks on the `train` steps after it. Shapes: B batch, C channels or classes, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vitedge.preprocess import Preprocessing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training images of one forward pass, on the device.
+
+    Attributes:
+        x_BCHW: Model inputs, float32, by the recipe's preprocessing contract.
+        pixels_BCHW: The same images before normalization, float32 in 0..255; what another model is shown.
+        target: Classes int64 (B,), or float32 (B, C) where images are mixed.
+        indices: int64 (B,), positions in the train split.
+        view: Which augmented view of its images this is: the epoch, or the epoch modulo `train.views`.
+    """
+
+    x_BCHW: torch.Tensor
+    pixels_BCHW: torch.Tensor
+    target: torch.Tensor
+    indices: np.ndarray
+    view: int
+
+
+class Loss(Protocol):
+    """A technique's term of the training loss.
+
+    Attributes:
+        label_share: What the loss against the labels is multiplied by when this term is added (1 leaves it whole).
+    """
+
+    label_share: float
+
+    def __call__(self, outputs: Any, batch: Batch) -> torch.Tensor:
+        """One value per image, float32 (B,), weight included; `outputs` is what the model returned in training mode."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a technique may know of the run.
+
+    Attributes:
+        num_classes: Classes of the data.
+        labels: Their names, in output order.
+        contract: The preprocessing contract.
+        train_images: Images of the train split.
+        data_digest: Identity of the data and its split.
+        seed: The recipe's.
+        torch_device: `cpu` or `cuda`.
+        precision: Autocast type of the next `train` step: `fp32` | `bf16` | `fp16`.
+        augmentation: Plain data that, with the seed, says what every augmented view looks like; of the next `train` step.
+        views: `train.views` of that step: how many views each image has, 0 for a new one every epoch.
+        builds: The folder that holds build folders.
+    """
+
+    num_classes: int
+    labels: tuple[str, ...]
+    contract: Preprocessing
+    train_images: int
+    data_digest: str
+    seed: int
+    torch_device: str
+    precision: str
+    augmentation: dict[str, Any]
+    views: int
+    builds: Path
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a technique made of a model.
+
+    Attributes:
+        model: The model, changed in place or a new one.
+        notes: For the manifest.
+        losses: Terms that following `train` steps add.
+        on_step: Called with (step, steps) before each of their optimizer steps.
+        convert: Called on the model after them; returns the model that is saved.
+    """
+
+    model: nn.Module
+    notes: dict[str, Any] = field(default_factory=dict)
+    losses: tuple[Loss, ...] = ()
+    on_step: Callable[[int, int], None] | None = None
+    convert: Callable[[nn.Module], nn.Module] | None = None

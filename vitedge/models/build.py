@@ -1,4 +1,4 @@
-"""Build a timm ViT from a spec, load weights into it, and save it without pickle.
+"""Build a timm model from a spec, load weights into it, and save it without pickle.
 
 A checkpoint is a safetensors file whose header says everything needed to build the model again:
 architecture, image and patch size, classes and preprocessing contract.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class CheckpointMeta:
     """What a checkpoint's header says.
 
     Attributes:
-        arch, img_size, patch_size, num_classes: What `create` needs.
+        arch, img_size, patch_size, num_classes, stem, options: What `create` needs.
         preprocessing: The contract's JSON.
         labels: Class names in output order.
     """
@@ -39,42 +39,84 @@ class CheckpointMeta:
     num_classes: int
     preprocessing: str
     labels: tuple[str, ...]
+    stem: str = "own"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def create(self, drop_path: float = 0.0, patch_drop: float = 0.0) -> nn.Module:
+        """The model with random weights; see `create`."""
+        return create(self.arch, self.img_size, self.patch_size, self.num_classes, drop_path, patch_drop, self.stem, self.options)
 
 
 def create(
-    arch: str, img_size: int, patch_size: int | None, num_classes: int, drop_path: float = 0.0, patch_drop: float = 0.0
+    arch: str,
+    img_size: int,
+    patch_size: int | None,
+    num_classes: int,
+    drop_path: float = 0.0,
+    patch_drop: float = 0.0,
+    stem: str = "own",
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A timm ViT or DeiT with random weights, in training mode.
+    """A timm model with random weights, in training mode: a ViT or DeiT, or any other classifier, as teachers are.
 
     Attention is written out (matmul, softmax, matmul): exporters and quantizers see its products, and on a
     CPU it is faster than the fused kernel for the few tokens of small images (x1.5 in bf16, `results/LOG.md`).
 
     Raises:
-        UsageError: timm does not know the name, or it is not a ViT.
+        UsageError: timm does not know the name, or the model cannot be built with these sizes, stem or options.
     """
     import timm
     from timm.models.vision_transformer import VisionTransformer
 
+    where = f"model '{arch}'"
     if not timm.is_model(arch):
         raise UsageError(
-            f"model '{arch}'",
+            where,
             expected="a name timm knows",
-            found=f"'{arch}'{closest(arch, timm.list_models('*vit*') + timm.list_models('*deit*'))}",
+            found=f"'{arch}'{closest(arch, timm.list_models('*vit*') + timm.list_models('*deit*')) or closest(arch, timm.list_models())}",
             fix="see timm.list_models()",
         )
-    sizes: dict[str, Any] = {"img_size": img_size, **({"patch_size": patch_size} if patch_size else {})}
+    sizes = {"img_size": img_size, "patch_size": patch_size} if _is_vit(arch) else {"patch_size": patch_size}
+    drops = {"drop_path_rate": drop_path, "patch_drop_rate": patch_drop}
+    given = {**(options or {}), **{key: value for key, value in {**sizes, **drops}.items() if value}}
     try:
-        model = timm.create_model(arch, num_classes=num_classes, drop_path_rate=drop_path, patch_drop_rate=patch_drop, **sizes)
+        model: nn.Module = timm.create_model(arch, num_classes=num_classes, **given)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"model '{arch}'", expected="a ViT that takes img_size and patch_size", found=str(error), fix="choose a ViT or DeiT"
+            where,
+            expected=f"a model that takes {', '.join(given) or 'no options'}",
+            found=str(error),
+            fix="change `model:` or the step's drops",
         ) from error
-    if not isinstance(model, VisionTransformer):
-        raise UsageError(f"model '{arch}'", expected="a ViT or DeiT", found=type(model).__name__, fix="choose another architecture")
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
+    if isinstance(model, VisionTransformer):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+    if stem == "small":
+        _small_stem(model, where)
     return model
+
+
+def _is_vit(arch: str) -> bool:
+    """Whether timm builds the architecture for one image size; convolutional networks take any."""
+    import timm
+
+    return timm.models.get_pretrained_cfg(arch) is None or timm.models.get_pretrained_cfg(arch).fixed_input_size
+
+
+def _small_stem(model: nn.Module, where: str) -> None:
+    """A 3x3 convolution of stride 1 and no pooling, as He et al. 2016 (section 4.2) start on CIFAR's 32 pixels.
+
+    Raises:
+        UsageError: Not a ResNet with one convolution as its stem.
+    """
+    conv = getattr(model, "conv1", None)
+    if not isinstance(conv, nn.Conv2d) or not hasattr(model, "maxpool"):
+        raise UsageError(where, expected="a ResNet whose stem is one convolution", found="another model", fix="set model.stem: own")
+    first: Any = model
+    first.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(first.conv1.weight, mode="fan_out", nonlinearity="relu")
+    first.maxpool = nn.Identity()
 
 
 def build(
@@ -90,7 +132,7 @@ def build(
         InputError: Weights of another model; names the tensors.
         UnavailableError: `pretrained` has to be downloaded and cannot be.
     """
-    model = create(spec.arch, spec.img_size, spec.patch_size, num_classes, drop_path, patch_drop)
+    model = create(spec.arch, spec.img_size, spec.patch_size, num_classes, drop_path, patch_drop, spec.stem, spec.options)
     if source.kind == "none":
         return model, []
     if source.path:
@@ -138,24 +180,13 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> list[str]:
     """Load what fits; returns the classifier tensors left random, raises on any other difference."""
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    if "patch_embed.proj.weight" not in tensors or "pos_embed" not in tensors:
-        raise InputError(
-            where,
-            expected="tensors of a timm ViT (patch_embed.proj.weight, pos_embed ...)",
-            found=", ".join(list(tensors)[:4]) or "no tensors",
-            fix="choose the weights of this architecture",
-        )
     wanted = model.state_dict()
-    try:
-        tensors = checkpoint_filter_fn(tensors, model)
-    except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
-        raise InputError(
-            where, expected="weights of this architecture", found=str(error), fix="choose the weights of this architecture"
-        ) from error
-    classifier = {name for name in wanted if name.split(".")[0] in ("head", "head_dist")}
+    if "pos_embed" in wanted:
+        tensors = _resampled(model, tensors, where)
+    heads: Any = getattr(model, "pretrained_cfg", {}).get("classifier", ())
+    heads = (heads,) if isinstance(heads, str) else heads
+    classifier = {name for name in wanted if name.rpartition(".")[0] in heads}
     random = sorted(n for n in classifier if (n in tensors and tensors[n].shape != wanted[n].shape) or n not in tensors)
     for name in random:
         tensors.pop(name, None)
@@ -176,6 +207,25 @@ def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -
         )
     model.load_state_dict(tensors, strict=False)
     return random
+
+
+def _resampled(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """Tensors of a ViT with its position and patch embeddings brought to this model's sizes."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    if "patch_embed.proj.weight" not in tensors or "pos_embed" not in tensors:
+        raise InputError(
+            where,
+            expected="tensors of a timm ViT (patch_embed.proj.weight, pos_embed ...)",
+            found=", ".join(list(tensors)[:4]) or "no tensors",
+            fix="choose the weights of this architecture",
+        )
+    try:
+        return dict(checkpoint_filter_fn(tensors, model))
+    except (RuntimeError, AssertionError, ValueError, KeyError, IndexError) as error:
+        raise InputError(
+            where, expected="weights of this architecture", found=str(error), fix="choose the weights of this architecture"
+        ) from error
 
 
 def save_checkpoint(path: Path, model: nn.Module, meta: CheckpointMeta, half: bool = False) -> None:
@@ -203,7 +253,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, CheckpointMeta]:
     """
     tensors = read_tensors(path)
     meta = read_meta(path)
-    model = create(meta.arch, meta.img_size, meta.patch_size, meta.num_classes)
+    model = meta.create()
     if _load_into(model, tensors, str(path)):
         raise InputError(str(path), expected=f"a classifier of {meta.num_classes} classes", found="another one", fix="train it again")
     return model.eval(), meta

@@ -97,7 +97,8 @@ class _Run:
         config = job.config
         self.device = _torch_device(job)
         self.job, self.config = job, config
-        self.model = model.to(self.device)
+        # Convolutions are faster with channels last; a ViT has one, and does not care.
+        self.model = model.to(self.device, memory_format=torch.channels_last)
         if config.compile:
             self.model.compile(dynamic=False)
         self.optimizer = build_optimizer(model, config)

@@ -19,7 +19,7 @@ from torch import nn
 from vitedge.artifact import digest_of, write_json
 from vitedge.data import Dataset
 from vitedge.errors import InputError, UsageError
-from vitedge.models.build import CheckpointMeta, build, create, load_checkpoint, read_meta, save_checkpoint
+from vitedge.models.build import CheckpointMeta, build, load_checkpoint, read_meta, save_checkpoint
 from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
@@ -111,7 +111,9 @@ def _meta(job: CheckpointJob) -> CheckpointMeta:
         labels = header.labels
     else:
         raise UsageError("data", expected="a data set, to know the classes", found="none", fix="give --data, or set VITEDGE_DATA")
-    return CheckpointMeta(spec.arch, spec.img_size, spec.patch_size, len(labels), contract.to_json(), tuple(labels))
+    return CheckpointMeta(
+        spec.arch, spec.img_size, spec.patch_size, len(labels), contract.to_json(), tuple(labels), spec.stem, spec.options
+    )
 
 
 def _finished(path: Path, key: str) -> dict[str, Any] | None:
@@ -132,7 +134,7 @@ def _model_before(job: CheckpointJob, meta: CheckpointMeta, index: int, config: 
         if not any(name == "train" for name, _ in job.recipe.steps):
             _refuse_random(job, random)
         return model
-    model = create(meta.arch, meta.img_size, meta.patch_size, meta.num_classes, drop_path, patch_drop)
+    model = meta.create(drop_path, patch_drop)
     before, _ = load_checkpoint(job.work / f"step{index - 1}.safetensors")
     model.load_state_dict(before.state_dict())
     return model
