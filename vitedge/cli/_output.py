@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -66,22 +67,10 @@ def draws_bars() -> bool:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str], Progress]]:
-    """A factory of named bars, one per stage; without a terminal, a line where a stage starts."""
+def progress_bars(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[str], Progress]]:
+    """A factory of named bars, one per stage; without a terminal, lines for a log, timed by `clock` in seconds."""
     if not draws_bars():
-
-        def plain(name: str) -> Progress:
-            last = [-1]
-
-            def update(done: float, total: float, text: str = "") -> None:
-                quarter = int(4 * done / total) if total else 4
-                if quarter > last[0]:
-                    last[0] = quarter
-                    say(f"{name}: {100 * done / total if total else 100:.0f} % {text}".rstrip())
-
-            return update
-
-        yield plain
+        yield lambda name: _LogLines(name, clock)
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -99,3 +88,38 @@ def progress_bars() -> Iterator[Callable[[str], Progress]]:
             return lambda done, total, text="": bars.update(task, completed=done, total=total, text=text)
 
         yield bar
+
+
+class _LogLines:
+    """Progress in a log: a line where a stage starts and at each quarter, else at most one a minute."""
+
+    def __init__(self, name: str, clock: Callable[[], float]) -> None:
+        self.name, self.clock = name, clock
+        self.quarter = -1
+        self.said_at = 0.0
+        self.first: tuple[float, float] | None = None
+
+    def __call__(self, done: float, total: float, text: str = "") -> None:
+        now = self.clock()
+        self.first = self.first or (now, done)
+        quarter = int(4 * done / total) if total else 4
+        if quarter <= self.quarter and now - self.said_at < 60.0:
+            return
+        self.quarter, self.said_at = max(quarter, self.quarter), now
+        percent = f"{100 * done / total if total else 100:.0f} %"
+        say(f"{self.name}: {', '.join(part for part in (percent, self.left(now, done, total), text) if part)}")
+
+    def left(self, now: float, done: float, total: float) -> str:
+        """Time left at the pace since the first call, which on a resumed run is not at zero; empty while there is no pace."""
+        began, at = self.first or (now, done)
+        if now <= began or not at < done < total:
+            return ""
+        return time_left((now - began) * (total - done) / (done - at))
+
+
+def time_left(seconds: float) -> str:
+    """`45 s left`, `12 min left` or `3 h 05 min left`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min left" if hours else f"{minutes} min left"
