@@ -1,6 +1,12 @@
-"""Progress in a log: stage starts, quarters, at most one more line a minute, and the time left."""
+"""Progress: a bar with the time left at a terminal; in a log stage starts, quarters and at most one more line a minute."""
 
 from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -83,3 +89,24 @@ def test_stages_have_lines_of_their_own(capsys: pytest.CaptureFixture[str]) -> N
         clock.now += 30
         first(2, 10)
     assert capsys.readouterr().err.splitlines() == ["train 1/2: 0 %", "train 2/2: 100 %", "train 1/2: 20 %, 4 min left"]
+
+
+def test_a_terminal_shows_the_bar_the_time_left_and_the_text() -> None:
+    code = (
+        "import time\nfrom vitedge.cli._output import progress_bars\n"
+        "with progress_bars() as bar:\n"
+        "    progress = bar('train')\n"
+        "    for done in range(900, 905):\n"  # resumed: the steps before are no part of the pace
+        "        progress(done, 1000, f'loss 1.{done}')\n"
+        "        time.sleep(0.15)\n"
+    )
+    master, terminal = pty.openpty()
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR")} | {"TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run([sys.executable, "-c", code], stderr=terminal, stdout=subprocess.PIPE, timeout=60, env=environment)
+    os.close(terminal)
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert done.returncode == 0 and done.stdout == b""
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n").strip().splitlines()[-1]
+    found = re.fullmatch(r"train .+ +90% (\d+) s left +loss 1\.904", last.strip())
+    assert found and 5 <= int(found[1]) <= 80, last

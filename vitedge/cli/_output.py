@@ -72,13 +72,21 @@ def progress_bars(clock: Callable[[], float] = time.monotonic) -> Iterator[Calla
     if not draws_bars():
         yield lambda name: _LogLines(name, clock)
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        max_refresh = 0.5  # seconds; a guess that changes faster cannot be read
+
+        def render(self, task: Task) -> Text:
+            left = task.time_remaining
+            return Text("" if left is None or task.finished else time_left(left), style="progress.remaining")
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
+        TimeLeft(),
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=console()) as bars:
