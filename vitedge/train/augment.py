@@ -1,144 +1,208 @@
-"""Batches for training: shifts and flips on stored pixels, then the preprocessing contract, all batched.
+"""Batches for training: augmented, resized and normalized as one tensor, on the device.
 
-Every random number is drawn from a generator seeded by (seed, step), so a resumed run sees what an
-uninterrupted one does, whatever step it resumes from. Shapes: B batch, C channels, H height, W width.
+    stored pixels -> shift -> flip -> RandAugment -> resize and crop -> erase -> mix -> normalize
+
+The first four work on stored pixels, which are few; RandAugment and mixing are torchvision's, erasing is
+timm's. What chance decides about an image depends on (seed, view, image) alone, and mixing on (seed, step,
+group) alone, so a resumed run and several processes see what one uninterrupted process does.
+Shapes: B batch, C channels or classes, H height, W width.
 """
 
 from __future__ import annotations
 
-import functools
+import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from timm.data.random_erasing import RandomErasing
 
+from vitedge.compress import Batch
 from vitedge.preprocess import Preprocessing
-
-# Pillow's filters: half width in source pixels, and weight at distance t (Pillow's Resample.c; Keys 1981 with a = -0.5 for bicubic).
-_SUPPORT = {"box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}
-
-
-def _filter_weight(interpolation: str, t: np.ndarray) -> np.ndarray:
-    distance = np.abs(t)
-    if interpolation == "box":
-        return np.where((t > -0.5) & (t <= 0.5), 1.0, 0.0)
-    if interpolation == "bilinear":
-        return np.where(distance < 1.0, 1.0 - distance, 0.0)
-    if interpolation == "hamming":
-        return np.where(distance < 1.0, np.sinc(t) * (0.54 + 0.46 * np.cos(np.pi * t)), 0.0)
-    if interpolation == "lanczos":
-        return np.where(distance < 3.0, np.sinc(t) * np.sinc(t / 3.0), 0.0)
-    near = (1.5 * distance - 2.5) * distance**2 + 1.0
-    far = ((distance - 5.0) * distance + 8.0) * distance * -0.5 + 2.0
-    return np.where(distance < 1.0, near, np.where(distance < 2.0, far, 0.0))
+from vitedge.recipe import TrainConfig
+from vitedge.train.draws import Draws, draw_view
+from vitedge.train.mixing import Mixing
+from vitedge.train.randaugment import OPERATIONS, BatchedRandAugment
+from vitedge.train.resize import SUPPORT, normalize_batch, resize_crop_batch
 
 
-@functools.lru_cache(maxsize=64)
-def resize_matrix(source: int, target: int, interpolation: str) -> torch.Tensor:
-    """One pass of Pillow's separable resize as a matrix, float64 (target, source).
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed; the fields are those of `TrainConfig`.
 
-    torch's own antialiased resize differs from Pillow's by several of 255 at hard edges (torch 2.15),
-    so the weights are Pillow's: rows sum to one, the filter widens when shrinking, 22 fractional bits.
+    Attributes:
+        flip: Mirror left to right with probability one half.
+        shift: Largest shift each way, pixels.
+        randaugment: Operations of RandAugment per image.
+        randaugment_magnitude: Their strength, of 30.
+        erase: Probability of erasing a rectangle.
+        mixup: Alpha of Mixup; 0 for none.
+        cutmix: Alpha of CutMix; 0 for none.
     """
-    scale = source / target
-    weights = np.zeros((target, source))
-    widened = max(scale, 1.0)
-    support = _SUPPORT[interpolation] * widened
-    for row in range(target):
-        center = (row + 0.5) * scale
-        first, last = max(0, int(center - support + 0.5)), min(source, int(center + support + 0.5))
-        taps = _filter_weight(interpolation, (np.arange(first, last) - center + 0.5) / widened)
-        weights[row, first:last] = np.round(taps / taps.sum() * 2**22) / 2**22
-    return torch.from_numpy(weights)
+
+    flip: bool = False
+    shift: int = 0
+    randaugment: int = 0
+    randaugment_magnitude: int = 9
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Augmentation:
+        """What a recipe's `train` step asks for."""
+        return cls(config.flip, config.shift, config.randaugment, config.randaugment_magnitude, config.erase, config.mixup, config.cutmix)
+
+    def plain(self) -> dict[str, Any]:
+        """What changes pixels, as plain data, equal for augmentations that do the same."""
+        fields = asdict(self)
+        if not self.randaugment:
+            del fields["randaugment_magnitude"]
+        return fields
 
 
-def _to_whole(x: torch.Tensor) -> torch.Tensor:
-    """Round halves up and clamp to 0..255, as Pillow does after each pass."""
-    return x.add_(0.5).floor_().clamp_(0, 255)
+def shift_batch(pixels_BCHW: torch.Tensor, offsets_B2: np.ndarray, limit: int) -> torch.Tensor:
+    """Shift each image; what moves in is black, as in a padded random crop.
 
-
-def resize_crop_batch(pixels_BCHW: torch.Tensor, contract: Preprocessing) -> torch.Tensor:
-    """Batched `Preprocessing.resize_crop`: uint8 BCHW, square, to whole numbers 0..255, float32, at the model's size.
-
-    Equal to the Pillow implementation: columns first, then rows, rounded in between, in exact arithmetic.
+    Args:
+        pixels_BCHW: Images.
+        offsets_B2: Down and right, in pixels, where the result begins in the image; within +-`limit`.
+        limit: Largest offset.
     """
-    size = contract.size if contract.crop == "squash" else round(contract.size / contract.crop_fraction)
-    x_BCHW = pixels_BCHW
-    if x_BCHW.shape[-1] != size:
-        matrix = resize_matrix(x_BCHW.shape[-1], size, contract.interpolation).to(x_BCHW.device)
-        x_BCHW = _to_whole(matrix @ _to_whole(x_BCHW.double() @ matrix.T))
-    start = (size - contract.size) // 2
-    return x_BCHW[..., start : start + contract.size, start : start + contract.size].float()
+    height, width = pixels_BCHW.shape[-2:]
+    # Every crop of the padded images, as a view: (B, C, offsets down, offsets right, H, W).
+    crops = F.pad(pixels_BCHW, (limit, limit, limit, limit)).unfold(2, height, 1).unfold(3, width, 1)
+    starts_2B = torch.from_numpy(offsets_B2.T.astype(np.int64) + limit).to(pixels_BCHW.device, non_blocking=True)
+    return crops[torch.arange(len(crops), device=crops.device), :, starts_2B[0], starts_2B[1]]
 
 
-def normalize_batch(pixels_BCHW: torch.Tensor, contract: Preprocessing) -> torch.Tensor:
-    """Batched `Preprocessing.normalize` for channels-first pixels 0..255 to float32."""
-    mean = torch.tensor(contract.mean, device=pixels_BCHW.device).view(1, 3, 1, 1)
-    std = torch.tensor(contract.std, device=pixels_BCHW.device).view(1, 3, 1, 1)
-    return (pixels_BCHW.float() / 255.0 - mean) / std
+def flip_batch(pixels_BCHW: torch.Tensor, flips_B: np.ndarray) -> torch.Tensor:
+    """Mirror the chosen images left to right."""
+    chosen_B = torch.from_numpy(flips_B).to(pixels_BCHW.device, non_blocking=True)
+    return torch.where(chosen_B[:, None, None, None], pixels_BCHW.flip(-1), pixels_BCHW)
 
 
-def shift_batch(pixels_BCHW: torch.Tensor, limit: int, generator: np.random.Generator) -> torch.Tensor:
-    """Shift each image by up to `limit` pixels each way; what moves in is black, as in a padded random crop."""
-    batch, _, height, width = pixels_BCHW.shape
-    padded = F.pad(pixels_BCHW, (limit, limit, limit, limit))
-    offsets = torch.from_numpy(generator.integers(0, 2 * limit + 1, size=(2, batch))).to(pixels_BCHW.device)
-    rows = (offsets[0][:, None] + torch.arange(height, device=offsets.device))[:, None, :, None]
-    columns = (offsets[1][:, None] + torch.arange(width, device=offsets.device))[:, None, None, :]
-    images = torch.arange(batch, device=offsets.device)[:, None, None, None]
-    channels = torch.arange(3, device=offsets.device)[None, :, None, None]
-    return padded[images, channels, rows, columns]
+def erase_batch_(pixels_BCHW: torch.Tensor, probability: float, seeds_B: np.ndarray) -> None:
+    """Blacken a random rectangle of some images in place (random erasing, Zhong et al. 2020, arXiv:1708.04896), by timm.
 
-
-def flip_batch(pixels_BCHW: torch.Tensor, generator: np.random.Generator) -> torch.Tensor:
-    """Mirror each image left to right with probability one half."""
-    chosen = torch.from_numpy(generator.random(len(pixels_BCHW)) < 0.5).to(pixels_BCHW.device)
-    return torch.where(chosen[:, None, None, None], pixels_BCHW.flip(-1), pixels_BCHW)
+    timm draws from Python's global generator; each image seeds it, and it is left as it was.
+    """
+    eraser = RandomErasing(probability, mode="const", device=pixels_BCHW.device)
+    state = random.getstate()
+    try:
+        for image_CHW, seed in zip(pixels_BCHW, seeds_B.tolist(), strict=True):
+            random.seed(seed)
+            eraser(image_CHW)
+    finally:
+        random.setstate(state)
 
 
 class Batches:
-    """Images and labels of a split as model inputs, drawn by index.
+    """Images and labels of a split as model inputs, picked by index.
 
     Square images of one size are augmented and resized as one tensor. All others go one by one through
-    the Pillow contract first and are augmented after it: Pillow chooses the order of its two passes by
-    shape and version, so only squares have a batched twin that is exact.
+    the Pillow contract first and are augmented after it, at the model's size: Pillow chooses the order of
+    its two passes by shape and version, so only squares have a batched twin that is exact.
 
     Args:
         images: uint8 HWC each.
         labels: int64 (N,).
         contract: The preprocessing contract.
         torch_device: Where tensors go.
+        num_classes: Classes of the data.
+        augmentation: Of `train`; None for none.
+        seed: Of the run.
     """
 
-    def __init__(self, images: Sequence[np.ndarray], labels: np.ndarray, contract: Preprocessing, torch_device: torch.device) -> None:
+    def __init__(
+        self,
+        images: Sequence[np.ndarray],
+        labels: np.ndarray,
+        contract: Preprocessing,
+        torch_device: torch.device,
+        num_classes: int,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+    ) -> None:
         self.images, self.labels, self.contract, self.torch_device = images, labels, contract, torch_device
         square = len(labels) > 0 and images[0].shape[0] == images[0].shape[1]
-        self.batched = square and bool(getattr(images, "uniform", False)) and contract.interpolation in _SUPPORT
+        self.batched = square and bool(getattr(images, "uniform", False)) and contract.interpolation in SUPPORT
+        self.augmentation = augmentation or Augmentation()
+        self._seed = seed % 2**64  # numpy's generators take no negative seed
+        asked = self.augmentation
+        self._randaugment = BatchedRandAugment(asked.randaugment_magnitude) if asked.randaugment else None
+        self._mixing = Mixing(asked.mixup, asked.cutmix, num_classes, self._seed) if asked.mixup or asked.cutmix else None
+        self._views: dict[int, Draws] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _pixels(self, indices: np.ndarray) -> torch.Tensor:
+    def fetch(self, indices: np.ndarray) -> torch.Tensor:
+        """The host's part of a batch, which may run in a thread beside training: uint8 BHWC, read (and resized where one by one).
+
+        It draws nothing. For a GPU the pixels lie in pinned memory, so that copying them there waits for nothing.
+        """
         if self.batched:
             taken: Any = self.images
             pixels_BHWC = np.ascontiguousarray(taken[indices])
         else:
             with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
                 pixels_BHWC = np.stack(list(pool.map(lambda i: self.contract.resize_crop(self.images[int(i)]), indices)))
-        return torch.from_numpy(pixels_BHWC).to(self.torch_device).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(pixels_BHWC)
+        return pixels.pin_memory() if self.torch_device.type == "cuda" else pixels
 
-    def take(
-        self, indices: np.ndarray, generator: np.random.Generator | None = None, flip: bool = False, shift: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Model inputs float32 BCHW and labels (B,); augmented where a generator is given."""
-        pixels_BCHW = self._pixels(indices)
-        if generator is not None and shift:
-            pixels_BCHW = shift_batch(pixels_BCHW, shift, generator)
-        if generator is not None and flip:
-            pixels_BCHW = flip_batch(pixels_BCHW, generator)
-        pixels_BCHW = resize_crop_batch(pixels_BCHW, self.contract) if self.batched else pixels_BCHW
-        x_BCHW = normalize_batch(pixels_BCHW, self.contract)
-        return x_BCHW, torch.from_numpy(self.labels[indices]).to(self.torch_device)
+    def evaluate(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Model inputs float32 BCHW by the contract, and labels int64 (B,)."""
+        pixels_BCHW = self._sized(self._to_device(self.fetch(indices)))
+        return self._inputs(pixels_BCHW), self._labels(indices)
+
+    def train(self, indices: np.ndarray, view: int, step: int, first: int = 0, fetched: torch.Tensor | None = None) -> Batch:
+        """An augmented batch. Global generators of random numbers stay as they were.
+
+        Args:
+            indices: Positions in the split, int64 (B,).
+            view: Which augmented view of these images, not negative.
+            step: Of the run; mixing depends on it.
+            first: Position of the first of these images in the step's batch, over all processes.
+            fetched: What `fetch` gave for the same indices, where that was called ahead.
+        """
+        augmentation, draws = self.augmentation, self._draws(view).pick(indices)
+        pixels_BCHW = self._to_device(self.fetch(indices) if fetched is None else fetched)
+        if augmentation.shift:
+            pixels_BCHW = shift_batch(pixels_BCHW, draws.offsets_N2, augmentation.shift)
+        if augmentation.flip:
+            pixels_BCHW = flip_batch(pixels_BCHW, draws.flips_N)
+        if self._randaugment is not None:
+            pixels_BCHW = self._randaugment(pixels_BCHW, draws.operations_NL, draws.negative_NL)
+        pixels_BCHW = self._sized(pixels_BCHW)
+        if augmentation.erase:
+            erase_batch_(pixels_BCHW, augmentation.erase, draws.erasing_N)
+        target = self._labels(indices)
+        if self._mixing is not None:
+            pixels_BCHW, target = self._mixing(pixels_BCHW, target, step, first)
+        return Batch(self._inputs(pixels_BCHW), pixels_BCHW, target, indices, view)
+
+    def _draws(self, view: int) -> Draws:
+        """The view's table; the one before it is kept too, for a step prepared across the end of an epoch."""
+        if view not in self._views:
+            kept = list(self._views.items())[-1:]
+            drawn = draw_view(len(self), self._seed, view, self.augmentation.shift, self.augmentation.randaugment, len(OPERATIONS))
+            self._views = {**dict(kept), view: drawn}
+        return self._views[view]
+
+    def _to_device(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
+        return pixels_BHWC.to(self.torch_device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
+
+    def _labels(self, indices: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.labels[indices]).to(self.torch_device, non_blocking=True)
+
+    def _sized(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """float32 0..255 at the model's size."""
+        return resize_crop_batch(pixels_BCHW, self.contract) if self.batched else pixels_BCHW.float()
+
+    def _inputs(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        return normalize_batch(pixels_BCHW, self.contract).contiguous(memory_format=torch.channels_last)
