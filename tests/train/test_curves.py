@@ -86,6 +86,14 @@ def test_few_points_and_missing_metrics_are_drawn(lines: list[dict[str, Any]], p
     assert content.tell() < 200_000
 
 
+@pytest.mark.parametrize("top1", [0.0, 100.0])
+def test_percentages_stay_between_0_and_100(top1: float) -> None:
+    figure = plot_curves([line(0, step, validation_top1=top1) for step in (1, 2)], "run")
+    assert figure is not None
+    low, high = figure.axes[0].get_ylim()
+    assert -1.0 <= low < top1 < high <= 101.0
+
+
 @pytest.mark.parametrize("lines", [[], [line(0, 1)], [line(0, 1, seconds=3.0, loss=None)], [line(0, 1, validation_top1_class=3.0)]])
 def test_without_a_number_there_is_no_figure(lines: list[dict[str, Any]]) -> None:
     assert plot_curves(lines, "run") is None

@@ -145,6 +145,8 @@ def _top1_panel(ax: Axes, metrics: _Metrics) -> None:
         _draw(ax, curve, *heads[head], mean=False)
     ax.plot(steps[best], values[best], marker="*", markersize=13, color=_BLUE, markeredgecolor="white", linestyle="none", zorder=5)
     ax.set_ylabel("validation top-1 (%)")
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, -1.0), min(high, 101.0))  # a margin, but no percentages that cannot be
     _legend(ax, *ax.get_legend_handles_labels())
 
 
