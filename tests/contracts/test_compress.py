@@ -1,0 +1,117 @@
+"""What every technique must hold to; a new file in `vitedge/compress/` is tested by being there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.compress import made
+from vitedge import plugins
+from vitedge.compress import Compressed
+from vitedge.recipe import recipe_from_plain, recipe_schema
+from vitedge.schema import Section
+
+TECHNIQUES = plugins.names("compress")
+# What a technique cannot do without; one that has defaults for everything needs no entry.
+NEEDED: dict[str, dict[str, Any]] = {"distill": {"teacher": "teacher"}}
+TOKENS = (True, False)
+
+
+@pytest.fixture
+def builds(tmp_path: Path) -> Path:
+    """A folder of build folders that holds a teacher's."""
+    made.write_teacher(tmp_path / "builds" / "teacher" / "checkpoint.safetensors")
+    return tmp_path / "builds"
+
+
+def apply(name: str, builds: Path, model: nn.Module) -> Compressed:
+    module = plugins.load("compress", name)
+    compressed: Compressed = module.apply(model, module.Config(**NEEDED.get(name, {})), made.context(builds))
+    return compressed
+
+
+def modules_of(thing: Any, depth: int = 4) -> list[nn.Module]:
+    """Models that a loss holds, however deep in its attributes."""
+    if isinstance(thing, nn.Module):
+        return [thing]
+    inner = vars(thing).values() if hasattr(thing, "__dict__") and depth else ()
+    return [module for value in inner for module in modules_of(value, depth - 1)]
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_it_imports_without_torch(name: str) -> None:
+    code = (
+        f"import sys\nfor absent in ('torch', 'timm', 'torchvision', 'safetensors'): sys.modules[absent] = None\n"
+        f"from vitedge import plugins\nmodule = plugins.load('compress', {name!r})\n"
+        f"module.Config.model_json_schema(); module.apply, module.files\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_its_settings_are_frozen_strict_and_described(name: str) -> None:
+    module = plugins.load("compress", name)
+    assert issubclass(module.Config, Section)
+    assert module.Config.model_config["frozen"] and module.Config.model_config["extra"] == "forbid"
+    assert [field for field, info in module.Config.model_fields.items() if not info.description] == []
+    step = {name: NEEDED.get(name, {})}
+    recipe = recipe_from_plain({"name": "x", "steps": [step, "train"]}, "x.yaml")
+    assert recipe_from_plain({**recipe.to_plain(), "name": "x"}, "x.yaml") == recipe
+    assert name in json.dumps(recipe_schema()["properties"]["steps"])
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_its_files_are_there(name: str, builds: Path) -> None:
+    module = plugins.load("compress", name)
+    assert all(path.is_file() for path in module.files(module.Config(**NEEDED.get(name, {})), builds))
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_the_forward_shape_is_kept(name: str, token: bool, builds: Path) -> None:
+    compressed = apply(name, builds, made.student(token))
+    x_BCHW = made.batch().x_BCHW
+    assert compressed.model.eval()(x_BCHW).shape == (6, 4)
+    converted = compressed.convert(compressed.model) if compressed.convert else compressed.model
+    assert converted.eval()(x_BCHW).shape == (6, 4)
+    assert converted.train()(x_BCHW).shape == (6, 4)
+    json.dumps(compressed.notes)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_the_same_seed_gives_the_same_result(name: str, token: bool, builds: Path) -> None:
+    results = []
+    for _ in range(2):
+        compressed = apply(name, builds, made.student(token, seed=3).train())
+        outputs = compressed.model(made.batch().x_BCHW)
+        losses = [loss(outputs, made.batch()).detach() for loss in compressed.losses]
+        results.append([*compressed.model.state_dict().values(), *losses, torch.rand(1)])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_losses_are_per_image_and_reach_only_the_student(name: str, token: bool, builds: Path) -> None:
+    compressed = apply(name, builds, made.student(token).train())
+    if compressed.on_step is not None:
+        compressed.on_step(0, 1)
+    outputs = compressed.model(made.batch().x_BCHW)
+    for loss in compressed.losses:
+        assert 0 <= loss.label_share <= 1
+        values_B = loss(outputs, made.batch())
+        assert values_B.shape == (6,) and values_B.dtype == torch.float32 and values_B.isfinite().all()
+        values_B.sum().backward(retain_graph=True)
+    if compressed.losses:
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in compressed.model.parameters())
+    own = {id(p) for p in compressed.model.parameters()}
+    others = [p for loss in compressed.losses for m in modules_of(loss) for p in m.parameters() if id(p) not in own]
+    assert all(p.grad is None and not p.requires_grad for p in others)
