@@ -13,27 +13,26 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from vitedge import data as datasets
-from vitedge import plugins
+from vitedge import launch, plugins
 from vitedge.artifact import MANIFEST, Artifact, Manifest, digest_of, hash_files, write_text
+from vitedge.data.sample import sample
 from vitedge.device import Device, resolve_rules
 from vitedge.errors import UsageError, extra_missing
 from vitedge.host import probe_host, tool_versions
 from vitedge.models.weights import WeightsSource, locate
 from vitedge.progress import Progress, silent
 from vitedge.quantize import Job
+from vitedge.quantize._ranges import StoredRanges, in_place_of_images
 from vitedge.recipe import Recipe, TrainConfig
 from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # Raised when a stage's output changes though its inputs do not.
-STAGE_VERSIONS = {"checkpoint": 1, "export": 1, "quantize": 1}
+STAGE_VERSIONS = {"checkpoint": 2, "export": 1, "quantize": 1}
 WORK = ".work"
 Bar = Callable[[str], Progress]
 
@@ -48,6 +47,7 @@ class Pipeline:
         data_option: `--data`.
         weights_option: `--weights`.
         overwrite: Whether a folder with other files in it may be built in.
+        tensorboard: Whether training also writes TensorBoard files.
 
     Raises:
         UsageError: The folder holds something else, or data or weights that are needed cannot be found.
@@ -61,14 +61,15 @@ class Pipeline:
         data_option: str | None = None,
         weights_option: str | None = None,
         overwrite: bool = False,
+        tensorboard: bool = False,
     ) -> None:
         self.recipe, self.device, self.root = recipe, device, root
-        self.data_option, self.weights_option = data_option, weights_option
+        self.data_option, self.weights_option, self.tensorboard = data_option, weights_option, tensorboard
         self.manifest = Manifest.load(root)
         if root.exists() and not root.is_dir():
             raise UsageError(str(root), expected="a folder to build in", found="a file", fix="choose another folder with -o")
         ours = (root / MANIFEST).exists() or (root / "recipe.yaml").exists()
-        if root.is_dir() and any(root.iterdir()) and not ours and not overwrite:
+        if root.is_dir() and any(not path.name.startswith(".") for path in root.iterdir()) and not ours and not overwrite:
             raise UsageError(
                 str(root),
                 expected="an empty folder or one that vitedge built",
@@ -131,9 +132,11 @@ class Pipeline:
         for name, config in self.recipe.quantize.schemes:
             stage = f"quantize {name}"
             if self._needs_images(name) and not self.data_source:
-                reason = f"no calibration images: run `vitedge export --recipe {self.recipe.name} --data PATH`, or set VITEDGE_DATA"
-                plans.append(StagePlan(stage, "skip", reason, {}, 0.0))
-                continue
+                ranges, why = self._stored_ranges(name, config)
+                if ranges is None:
+                    reason = f"needs calibration images{why and f' ({why})'}; run `vitedge export --recipe {self.recipe.name} --data PATH`"
+                    plans.append(StagePlan(stage, "skip", f"{reason}, or set VITEDGE_DATA", {}, 0.0))
+                    continue
             after = "export" if plans[1].action == "run" else None
             plans.append(self._plan(stage, self._quantize_inputs(name, config), [artifact_name(name)], after))
         return plans
@@ -145,14 +148,17 @@ class Pipeline:
             UnavailableError: An extra that a stage needs is not installed.
             VitedgeError: A stage failed; earlier stages are kept.
         """
-        for left_by_a_kill in self.root.glob(".*.part"):
-            shutil.rmtree(left_by_a_kill, ignore_errors=True)
-        write_text(self.root / "recipe.yaml", yaml.safe_dump(self.recipe.to_plain(), sort_keys=False))
+        if launch.is_main():
+            for left_by_a_kill in self.root.glob(".*.part"):
+                shutil.rmtree(left_by_a_kill, ignore_errors=True)
+            write_text(self.root / "recipe.yaml", yaml.safe_dump(self.recipe.to_plain(), sort_keys=False))
         for plan in plans:
             if plan.action != "run":
                 continue
             began = time.monotonic()
             artifacts, notes = self._run_stage(plan, bar)
+            if not launch.is_main():
+                continue
             for artifact in artifacts:
                 self.manifest.artifacts[artifact.name] = artifact
             inputs = self._inputs_now(plan)
@@ -167,11 +173,12 @@ class Pipeline:
 
     def clear(self) -> None:
         """Forget everything vitedge built here (`--overwrite`); files that are not its own stay."""
-        for artifact in self.manifest.artifacts.values():
-            for path in artifact.files:
-                path.unlink(missing_ok=True)
-        (self.root / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.root / WORK, ignore_errors=True)
+        if launch.is_main():
+            for artifact in self.manifest.artifacts.values():
+                for path in artifact.files:
+                    path.unlink(missing_ok=True)
+            (self.root / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self.root / WORK, ignore_errors=True)
         self.manifest = Manifest(self.root)
 
     def _plan(self, stage: str, inputs: dict[str, Any], outputs: list[str], after: str | None) -> StagePlan:
@@ -180,6 +187,8 @@ class Pipeline:
     def _checkpoint_inputs(self) -> dict[str, Any]:
         plain = self.recipe.to_plain()
         inputs = {name: plain[name] for name in ("model", "steps", "preprocess", "seed")}
+        builds = self.root.parent
+        inputs["files"] = [hash_files(plugins.load("compress", n).files(c, builds)) for n, c in self.recipe.steps if n != "train"]
         inputs |= {"weights": self.weights.digest(), "version": STAGE_VERSIONS["checkpoint"], "tools": tool_versions(["torch", "timm"])}
         if self.trains or self.weights.kind != "builtin":
             inputs["data"] = self._data_digest
@@ -205,7 +214,9 @@ class Pipeline:
             "tools": tool_versions(["onnxruntime", "openvino", "nncf"] if name.startswith("openvino") else ["onnxruntime", "onnx"]),
         }
         if self._needs_images(name):
+            ranges, _ = self._stored_ranges(name, config)
             inputs |= {"calibration": self.recipe.quantize.calibration.model_dump(mode="json"), "data": self._data_digest}
+            inputs |= {"ranges": digest_of(ranges.model_dump(mode="json"))} if ranges else {}
         return inputs
 
     def _inputs_now(self, plan: StagePlan) -> dict[str, Any]:
@@ -216,6 +227,10 @@ class Pipeline:
             scheme = plan.name.removeprefix("quantize ")
             return self._quantize_inputs(scheme, dict(self.recipe.quantize.schemes)[scheme])
         return plan.inputs
+
+    def _stored_ranges(self, name: str, config: Any) -> tuple[StoredRanges | None, str]:
+        """Activation ranges kept with the embedded checkpoint, where there are no images to measure them on; or why not."""
+        return (None, "") if self.data_source else in_place_of_images(name, config, self.recipe, self.weights.ranges, self.weights.digest())
 
     @staticmethod
     def _needs_images(name: str) -> bool:
@@ -235,11 +250,16 @@ class Pipeline:
 
         from vitedge.train.steps import CheckpointJob, make_checkpoint
 
-        torch.set_num_threads(probe_host().usable_cores)
+        torch.set_num_threads(max(1, probe_host().usable_cores // launch.local_world_size()))
         path = self.root / "checkpoint.safetensors"
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
-        job = CheckpointJob(self.recipe, self.weights, self.dataset, path, self.root / WORK, digest_of(plan.inputs), torch_device, bar)
+        key = digest_of(plan.inputs)
+        job = CheckpointJob(
+            self.recipe, self.weights, self.dataset, self._data_digest, path, self.root / WORK, key, torch_device, bar, self.tensorboard
+        )
         notes = make_checkpoint(job)
+        if not launch.is_main():
+            return [], notes
         from vitedge.models.build import read_meta
 
         labels = read_meta(path).labels
@@ -267,7 +287,7 @@ class Pipeline:
 
         checkpoint = self.manifest.artifacts["checkpoint.safetensors"]
         model, _ = load_checkpoint(checkpoint.path)
-        x_BCHW = self._sample(self.recipe.export.parity_images, self.recipe.seed)
+        x_BCHW = sample(self.dataset, self.recipe.contract(), self.recipe.export.parity_images, self.recipe.seed)
         files = export(
             ExportJob(
                 model,
@@ -287,36 +307,22 @@ class Pipeline:
     def _run_quantize(self, name: str, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
         library, _, scheme = name.partition(".")
         quantizer = plugins.load("quantize", library)
-        calibration = self.recipe.quantize.calibration
-        images = self._sample(calibration.images, calibration.seed) if self._needs_images(name) else None
+        calibration, config = self.recipe.quantize.calibration, dict(self.recipe.quantize.schemes)[name]
+        ranges, _ = self._stored_ranges(name, config)
+        images, used = None, ranges.notes() if ranges else None
+        if self._needs_images(name) and self.dataset is not None:
+            images = sample(self.dataset, self.recipe.contract(), calibration.images, calibration.seed)
+            used = {"stored": False, "images": len(images), "seed": calibration.seed, "data": self.dataset.label, "split": "train"}
         progress = bar(f"quantize {name}")
         progress(0, 1)
         source = self.manifest.artifacts["model.fp32.onnx"]
         artifact: Artifact = quantizer.quantize(
-            Job(source, scheme, dict(self.recipe.quantize.schemes)[name], self.rules, images, calibration.batch_size, self.root, progress)
+            Job(source, scheme, config, self.rules, images, calibration.batch_size, self.root, progress, ranges)
         )
         progress(1, 1)
-        if images is not None and self.dataset is not None:
-            notes = {
-                **artifact.notes,
-                "calibration": {"images": len(images), "seed": calibration.seed, "data": self.dataset.label, "split": "train"},
-            }
-            artifact = replace(artifact, notes=notes)
+        if used:
+            artifact = replace(artifact, notes={**artifact.notes, "calibration": used})
         return [replace(artifact, recipe=self.recipe.name)], {}
-
-    def _sample(self, count: int, seed: int) -> np.ndarray:
-        """Preprocessed train images, float32 BCHW; synthetic ones where there is no data."""
-        import numpy as np
-
-        contract = self.recipe.contract()
-        generator = np.random.default_rng(seed)
-        if self.dataset is None:
-            # Smooth random colour fields: in the range of photographs, unlike white noise.
-            small = generator.integers(0, 256, size=(count, 4, 4, 3), dtype=np.uint8)
-            return replace(contract, crop="squash", interpolation="bicubic")(list(small))
-        images = self.dataset.train.images
-        chosen = generator.choice(len(images), size=min(count, len(images)), replace=False)
-        return contract([images[int(i)] for i in np.sort(chosen)])
 
 
 def require_torch(command: str) -> None:

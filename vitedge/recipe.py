@@ -61,12 +61,13 @@ class PreprocessSpec(Section):
 
 
 class TrainConfig(Section):
-    """One run of the training loop: AdamW, linear warm-up then cosine decay to zero."""
+    """One run of the training loop: linear warm-up, then cosine decay to zero."""
 
     epochs: float = Field(3, gt=0, description="passes over the training images; may be fractional")
     steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     batch_size: int = Field(64, ge=1, description="images of one optimizer step, over all processes")
     accumulate: int = Field(1, ge=1, description="parts a process takes its share of a batch in, to spare memory")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: with Nesterov momentum 0.9, which suits convolutional teachers")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.05, ge=0, description="not applied to norms, biases and embeddings")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from vitedge.compress import Batch
 from vitedge.data import Split
 from vitedge.errors import UnavailableError, VitedgeError
 from vitedge.models.build import create
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import TrainConfig
-from vitedge.train.loop import TrainJob, _Run, total_steps, train
-from vitedge.train.optim import build_optimizer, learning_rate
+from vitedge.train.loop import Run, TrainJob, total_steps, train
+from vitedge.train.optim import build_optimizer, learning_rate, set_learning_rate
+from vitedge.train.processes import Processes
+from vitedge.train.stopping import Stop
 
 CONTRACT = Preprocessing(size=8)
 
@@ -40,7 +47,7 @@ def tiny_vit(drop_path: float = 0.1) -> nn.Module:
 
 def job(folder: Path, config: TrainConfig, **changes: object) -> TrainJob:
     fields = {"train": coloured_split(60, 0), "validation": coloured_split(30, 1), "contract": CONTRACT, "seed": 3}
-    fields |= {"torch_device": "cpu", "folder": folder, "key": "k", **changes}
+    fields |= {"num_classes": 3, "processes": Processes("cpu"), "folder": folder, "key": "k", **changes}
     return TrainJob(config=config, **fields)  # type: ignore[arg-type]
 
 
@@ -51,16 +58,19 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
     assert [point["step"] for point in notes["history"]] == list(range(3, 31, 3))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, precision: str) -> None:
-    config = TrainConfig(steps=9, batch_size=16, lr=1e-3, precision=precision, shift=1, checkpoint_every=2, evaluate_every=3)
+EVERYTHING = {"ema": 0.9, "accumulate": 2, "randaugment": 2, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "layer_decay": 0.8}
+
+
+@pytest.mark.parametrize("more", [{"precision": "fp32"}, {"precision": "bf16"}, {"precision": "bf16", **EVERYTHING}, {"views": 2}])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, more: dict[str, Any]) -> None:
+    config = TrainConfig(steps=9, batch_size=16, lr=1e-3, shift=1, checkpoint_every=2, evaluate_every=3, **more)
     whole = tiny_vit()
     train(whole, job(tmp_path / "whole", config))
 
     interrupted = tiny_vit()
     run_folder = tmp_path / "interrupted"
     stopping = job(run_folder, config)
-    run = _Run(interrupted, stopping)
+    run = Run(interrupted, stopping, Stop(), ThreadPoolExecutor(1))
     for _ in range(5):
         run.take_step()
         run.step += 1
@@ -135,7 +145,7 @@ def test_an_infinite_loss_stops_the_run(tmp_path: Path) -> None:
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UnavailableError, match="expected a CUDA device"):
-            train(tiny_vit(), job(tmp_path, TrainConfig(steps=1), torch_device="cuda"))
+            Processes("cuda")
     with pytest.raises(UnavailableError, match="fp16"):
         train(tiny_vit(), job(tmp_path, TrainConfig(steps=1, precision="fp16")))
 
@@ -147,6 +157,94 @@ def test_norms_biases_and_embeddings_are_not_decayed() -> None:
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or name in ("pos_embed", "cls_token")
         assert (id(parameter) in undecayed) == exempt, name
+
+
+def test_layers_learn_slower_the_earlier_they_are() -> None:
+    model = tiny_vit()
+    optimizer = build_optimizer(model, TrainConfig(layer_decay=0.5))
+    set_learning_rate(optimizer, 1.0)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    by_name = {name: rate[id(p)] for name, p in model.named_parameters()}
+    depth = len(model.blocks)  # type: ignore[arg-type]
+    assert by_name["head.weight"] == 1.0 and by_name["patch_embed.proj.weight"] == pytest.approx(0.5 ** (depth + 1))
+    for block in range(depth):
+        assert by_name[f"blocks.{block}.attn.qkv.weight"] == pytest.approx(0.5 ** (depth - block))
+
+
+def test_the_moving_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:
+    """Against the recurrence written out: e <- d e + (1 - d) w, with d = min(decay, 1 - step^(-2/3)) (timm's warm-up)."""
+    config = TrainConfig(steps=4, batch_size=16, lr=1e-3, precision="fp32", ema=0.9, evaluate_every=4)
+    run = Run(tiny_vit(), job(tmp_path, config), Stop(), ThreadPoolExecutor(1))
+    average: torch.Tensor | None = None
+    for step in range(4):
+        run.take_step()
+        run.step += 1
+        weight = run.model.get_parameter("head.weight").detach().double()
+        decay = min(0.9, 1 - (1 + step) ** (-2 / 3)) if step else 0.0
+        average = weight.clone() if average is None else decay * average + (1 - decay) * weight
+    run.evaluate()
+    assert average is not None and torch.allclose(run.best_weights["head.weight"].double(), average, atol=1e-6)
+    assert not torch.equal(run.best_weights["head.weight"], run.model.get_parameter("head.weight"))
+
+
+def test_accumulated_parts_are_one_batch(tmp_path: Path) -> None:
+    models = []
+    for parts in (1, 3):
+        model = tiny_vit(drop_path=0.0)
+        model.patch_drop = nn.Identity()
+        config = TrainConfig(steps=3, batch_size=20, lr=1e-3, precision="fp32", accumulate=parts, randaugment=1)
+        train(model, job(tmp_path / str(parts), config))
+        models.append(model.state_dict())
+    for name, tensor in models[0].items():
+        assert torch.allclose(tensor, models[1][name], atol=2e-5), name
+
+
+def test_patience_ends_a_run_that_stopped_improving(tmp_path: Path) -> None:
+    config = TrainConfig(steps=40, batch_size=16, lr=3e-2, warmup=0.0, clip_grad=None, precision="fp32", evaluate_every=1, patience=2)
+    notes = train(tiny_vit(), job(tmp_path, config)).notes
+    scores = [point["top1"] for point in notes["history"]]
+    assert notes["steps"] == len(scores) < notes["steps_planned"] == 40
+    assert max(scores[-2:]) <= max(scores[:-2]) and notes["validation_top1"] == pytest.approx(max(scores), abs=0.01)
+
+
+def test_a_technique_adds_its_loss_and_is_told_each_step(tmp_path: Path) -> None:
+    """A term that replaces the labels by class 0 for every image makes the model answer class 0."""
+
+    class AllAreZero:
+        label_share = 0.0
+
+        def __call__(self, outputs: Any, batch: Batch) -> torch.Tensor:
+            assert batch.x_BCHW.shape[0] == len(batch.indices) == len(outputs) and batch.pixels_BCHW.max() > 1
+            return nn.functional.cross_entropy(outputs.float(), torch.zeros_like(batch.target), reduction="none")
+
+    told: list[tuple[int, int]] = []
+    config = TrainConfig(steps=25, batch_size=16, lr=1e-3, precision="fp32")
+    asked = job(tmp_path, config, losses=[AllAreZero()], on_step=[lambda step, steps: told.append((step, steps))])
+    notes = train(tiny_vit(), asked).notes
+    assert told == [(step, 25) for step in range(25)]
+    assert notes["validation_top1"] == pytest.approx(100 / 3, abs=0.01)
+
+
+def test_every_image_is_seen_once_an_epoch_in_another_order(tmp_path: Path) -> None:
+    run = Run(tiny_vit(), job(tmp_path, TrainConfig(steps=8, batch_size=15, precision="fp32")), Stop(), ThreadPoolExecutor(1))
+    epochs = [np.concatenate([run.indices(4 * epoch + step, 0)[0] for step in range(4)]) for epoch in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(60))] * 2 and epochs[0].tolist() != epochs[1].tolist()
+    assert [run.indices(step, 0)[1] for step in range(8)] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_it_came_in(tmp_path: Path, number: signal.Signals) -> None:
+    config = TrainConfig(steps=50, batch_size=16, precision="fp32", checkpoint_every=1000)
+
+    def send(done: float, total: float, text: str = "") -> None:
+        if done == 10:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_vit(), job(tmp_path, config, progress=send))
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "train.state.pt", weights_only=True)["step"] == 10
 
 
 def test_the_schedule_is_warm_up_then_half_a_cosine() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vitedge import launch
 from vitedge.cli._output import data_option, device_option, json_option, progress_bars, say, seed_option, weights_option
 
 if TYPE_CHECKING:
@@ -35,7 +36,14 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_pipeline(
-    recipe: str, output: Path | None, data: str | None, weights: str | None, device: str, seed: int | None, overwrite: bool
+    recipe: str,
+    output: Path | None,
+    data: str | None,
+    weights: str | None,
+    device: str,
+    seed: int | None,
+    overwrite: bool,
+    tensorboard: bool = False,
 ) -> Pipeline:
     """The pipeline that the options ask for; a device that is not here is refused before any work."""
     from vitedge.device import load_device, require_accelerator
@@ -48,7 +56,7 @@ def open_pipeline(
         story = story.model_copy(update={"seed": seed})
     profile = load_device(device)
     require_accelerator(profile, probe_host())
-    return Pipeline(story, profile, output or Path("build") / story.name, data, weights, overwrite)
+    return Pipeline(story, profile, output or Path("build") / story.name, data, weights, overwrite, tensorboard)
 
 
 @contextlib.contextmanager
@@ -83,6 +91,10 @@ def build(pipeline: Pipeline, dry_run: bool, overwrite: bool, only: str | None =
         plans = pipeline.plan(only)
         show_plan(plans)
         return plans, None
+    if not launch.is_main():  # process 0 holds the folder, says what is done, and writes
+        if overwrite:
+            pipeline.clear()
+        return [], pipeline.run(pipeline.plan(only))
     with only_builder(pipeline.root):
         if overwrite:
             pipeline.clear()

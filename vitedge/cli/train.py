@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vitedge.cli._build import build, build_options, open_pipeline, plan_json
 from vitedge.cli._output import emit_json, say
 
+if TYPE_CHECKING:
+    from vitedge.artifact import Artifact
+
 
 @click.command("train")
 @build_options
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes on this machine: a GPU each, or a share of the cores.",
+)
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard files too, into the build folder.")
 def command(
     recipe: str,
     output: Path | None,
@@ -22,28 +34,62 @@ def command(
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
-) -> None:
+    processes: int,
+    tensorboard: bool,
+) -> int:
     """Train a recipe's model and write the checkpoint that `export` reuses.
 
-    Trains on a GPU if torch finds one, else on the CPU. Interrupted (Ctrl-C, kill -9), the same
-    command goes on from the last checkpoint. The validation split chooses the weights; the test
-    split is not looked at.
+    Trains on a GPU if torch finds one, else on the CPU. Stopped (Ctrl-C, SIGTERM, kill -9), the same
+    command goes on from the last checkpoint. The validation split chooses the weights; the test split
+    is looked at once, at the end. Metrics go to metrics.jsonl, their curves to curves.png.
 
     \b
     vitedge train --recipe deit_tiny_112_int8
-    vitedge eval build/deit_tiny_112_int8/checkpoint.safetensors
+    vitedge train --recipe deit_tiny_112_int8 --processes 4     four GPUs, or four shares of the cores
+    torchrun --nproc-per-node 4 -m vitedge train --recipe deit_tiny_112_int8
+    accelerate launch -m vitedge train --recipe deit_tiny_112_int8
     """
-    pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite)
+    from vitedge import launch
+
+    pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite, tensorboard)
+    if processes > 1 and not dry_run:
+        pipeline.plan("checkpoint")  # what is wrong is said here, once
+        from vitedge.train.launcher import start
+
+        return start(processes, _arguments(click.get_current_context()))
     plans, manifest = build(pipeline, dry_run, overwrite, only="checkpoint")
+    if not launch.is_main():
+        return 0
     plain = {"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(pipeline.root), "stages": plan_json(plans)}
     checkpoint = manifest.artifacts["checkpoint.safetensors"] if manifest is not None else None
     if as_json:
         emit_json({**plain, "checkpoint": checkpoint.to_plain(pipeline.root)} if checkpoint else plain)
-        return
-    if checkpoint is None:
-        return
+    elif checkpoint is not None:
+        _tell(checkpoint)
+        say(f"wrote {checkpoint.path}; next: vitedge export --recipe {recipe}")
+    return 0
+
+
+def _arguments(context: click.Context) -> list[str]:
+    """The command line of one process of many: this one's, without --processes."""
+    arguments = ["train"]
+    for option in context.command.params:
+        value = context.params.get(option.name or "")
+        if option.name == "processes" or value in (None, False):
+            continue
+        arguments += [option.opts[0]] if value is True else [option.opts[0], str(value)]
+    return arguments
+
+
+def _tell(checkpoint: Artifact) -> None:
+    """How the training went, for people."""
     for step in checkpoint.notes["steps"]:
         for name, notes in step.items():
+            if name != "train":
+                continue
             speed = f"{notes['steps']} steps, {notes['seconds']} s, {notes['images_per_s']} img/s"
             say(f"  {name}: {speed}, validation top-1 {notes['validation_top1']} % of {notes['validation_images']}")
-    say(f"wrote {checkpoint.path}; next: vitedge export --recipe {recipe}")
+    test: dict[str, Any] = checkpoint.notes.get("test", {})
+    heads = ", ".join(f"{name.removeprefix('top1_')} head {test[name]:.2f} %" for name in ("top1_class", "top1_distill") if name in test)
+    if test:
+        say(f"  test: top-1 {test['top1']:.2f} % of {test['images']}{f' ({heads}; both averaged)' if heads else ''}, in fp32")

@@ -69,7 +69,8 @@ class Context:
         torch_device: `cpu` or `cuda`.
         precision: Autocast type of the next `train` step: `fp32` | `bf16` | `fp16`.
         augmentation: Plain data that, with the seed, says what every augmented view looks like; of the next `train` step.
-        views: `train.views` of that step: how many views each image has, 0 for a new one every epoch.
+        views: `train.views`, how many views each image has, where that and the augmentation are the same in all
+            `train` steps to come; else 0, as for a new view every epoch.
         builds: The folder that holds build folders.
     """
 

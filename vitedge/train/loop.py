@@ -1,28 +1,45 @@
-"""The training loop: explicit, resumable, the same for fine-tuning and from scratch."""
+"""The training loop: explicit, resumable, the same for fine-tuning and from scratch, in one process or many."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from timm.utils import ModelEmaV3
 from torch import nn
 
+from vitedge.compress import Batch, Loss
 from vitedge.data import Split
 from vitedge.errors import UnavailableError, UsageError, VitedgeError
 from vitedge.preprocess import Preprocessing
 from vitedge.progress import Progress, silent
 from vitedge.recipe import TrainConfig
-from vitedge.train.augment import Batches
+from vitedge.train.augment import Augmentation, Batches
 from vitedge.train.checkpoint import load_state, save_state
-from vitedge.train.optim import build_optimizer, learning_rate
+from vitedge.train.optim import build_optimizer, learning_rate, set_learning_rate
+from vitedge.train.processes import Processes
+from vitedge.train.stopping import Stop, stopping
+from vitedge.train.validation import AUTOCAST, validate
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Steps between what is shown; between processes also those at which a signal to one of them is heard by all.
+REPORT_EVERY = 10
+
+
+class Log(Protocol):
+    """Takes the metrics of a step."""
+
+    def __call__(self, step: int, **metrics: float) -> None:
+        """Metrics by name, after `step` steps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,22 +50,30 @@ class TrainJob:
         config: The recipe's `train` step.
         train, validation: Splits; the test split is never seen here.
         contract: The preprocessing contract.
+        num_classes: Classes of the data.
         seed: Of data order, augmentation and drop path.
-        torch_device: `cpu` or `cuda`.
+        processes: This process among the run's.
         folder: Where the resumable state is kept.
         key: Identity of the run; a state of another key is not resumed.
+        losses: Terms that techniques add to the loss against the labels.
+        on_step: Called with (step, steps) before each optimizer step.
         progress: Told loss, images/s and validation top-1.
+        watch: Told the step that the run starts from, returns what takes its metrics; called in process 0.
     """
 
     config: TrainConfig
     train: Split
     validation: Split
     contract: Preprocessing
+    num_classes: int
     seed: int
-    torch_device: str
+    processes: Processes
     folder: Path
     key: str
+    losses: Sequence[Loss] = ()
+    on_step: Sequence[Callable[[int, int], None]] = ()
     progress: Progress = silent
+    watch: Callable[[int], Log] | None = None
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
@@ -62,7 +87,7 @@ class Trained:
 
     Attributes:
         notes: For the manifest: steps, seconds, images_per_s, validation top-1 over the run, conditions.
-        last: Weights of the last step, by tensor name, on the CPU.
+        last: Weights at the last step (their moving average where there is one), by tensor name, on the CPU.
     """
 
     notes: dict[str, Any]
@@ -72,109 +97,157 @@ class Trained:
 def train(model: nn.Module, job: TrainJob) -> Trained:
     """Train a model in place; it ends with the weights that did best on the validation split.
 
-    Interrupted, it saves where it stood and raises on; called again with the same key, it goes on from
-    there and ends with the same weights as an uninterrupted run.
+    Interrupted by SIGINT or SIGTERM, it saves where it stood and raises KeyboardInterrupt; called again with
+    the same key, it goes on from there and, on a CPU, ends with the same weights as an uninterrupted run.
 
     Raises:
         UnavailableError: The device or its precision is not there.
         UsageError: Too few images.
-        VitedgeError: The loss became infinite or not a number.
+        VitedgeError: The loss became infinite or not a number, or another process of the run ended.
     """
-    run = _Run(model, job)
-    run.resume()
-    try:
-        run.go()
-    except KeyboardInterrupt:
-        run.save()
-        raise
+    with stopping() as stop, ThreadPoolExecutor(1) as reader:
+        run = Run(model, job, stop, reader)
+        run.resume()
+        try:
+            run.go()
+        except KeyboardInterrupt:
+            run.save()
+            raise
+        except RuntimeError as error:  # what torch raises when a peer is gone
+            if job.processes.count == 1:
+                raise
+            raise VitedgeError(
+                f"process {job.processes.rank} of {job.processes.count}",
+                expected="all processes of the run to go on",
+                found=" ".join(str(error).split())[:200],
+                fix=f"run the same command again: it goes on from the last checkpoint, step {run.saved_step}",
+            ) from error
     return run.finish()
 
 
-class _Run:
+class Run:
     """What a run carries from step to step."""
 
-    def __init__(self, model: nn.Module, job: TrainJob) -> None:
-        config = job.config
-        self.device = _torch_device(job)
-        self.job, self.config = job, config
+    def __init__(self, model: nn.Module, job: TrainJob, stop: Stop, reader: ThreadPoolExecutor) -> None:
+        config, processes = job.config, job.processes
+        if processes.device.type == "cpu" and config.precision == "fp16":
+            raise UnavailableError("train", expected="precision bf16 or fp32 on a CPU", found="fp16", fix="set train.precision: bf16")
+        self.job, self.config, self.processes, self.stop, self.reader = job, config, processes, stop, reader
         # Convolutions are faster with channels last; a ViT has one, and does not care.
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        if config.compile:
-            self.model.compile(dynamic=False)
-        self.optimizer = build_optimizer(model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.batches = Batches(job.train.images, job.train.labels, job.contract, self.device)
-        self.held_out = Batches(job.validation.images, job.validation.labels, job.contract, self.device)
+        self.model = model.to(processes.device, memory_format=torch.channels_last)
+        augmentation = Augmentation.of(config)
+        self.batches = Batches(job.train.images, job.train.labels, job.contract, processes.device, job.num_classes, augmentation, job.seed)
+        self.held_out = Batches(job.validation.images, job.validation.labels, job.contract, processes.device, job.num_classes)
         self.batch_size = min(config.batch_size, len(self.batches))
-        if self.batch_size < 1:
-            raise UsageError("train", expected="training images", found="none", fix="check the data set with `vitedge data info`")
+        if self.batch_size < processes.count * config.accumulate:
+            raise UsageError(
+                "train",
+                expected=f"an image for each of {processes.count} processes x {config.accumulate} parts of a batch",
+                found=f"{self.batch_size} in a batch",
+                fix="raise train.batch_size, or check the data set with `vitedge data info`",
+            )
+        self.wrapped = processes.wrap(self.model)
+        self.network = torch.compile(self.wrapped, dynamic=False) if config.compile else self.wrapped
+        self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
+        self.optimizer = build_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
+        self.label_share = math.prod(loss.label_share for loss in job.losses)
         self.steps = total_steps(config, len(self.batches))
         self.evaluate_every = config.evaluate_every or max(1, self.steps // 10)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved_step, self.seconds, self.waited = 0, 0, 0.0, 0.0
         self.history: list[dict[str, float]] = []
-        self.best_top1 = -1.0
+        self.best_top1, self.since_best = -1.0, 0
         self.best_weights: dict[str, torch.Tensor] = {}
         self.loss = math.nan
+        self.ahead: dict[tuple[int, int], Future[Any]] = {}
+        self.log: Log | None = None
+        self.orders: dict[int, np.ndarray] = {}
 
     @property
     def state_path(self) -> Path:
+        """Where the run's state is kept."""
         return self.job.folder / "train.state.pt"
 
+    @property
+    def judged(self) -> nn.Module:
+        """The model that is evaluated and kept: the moving average where there is one."""
+        return self.ema.module if self.ema else self.model
+
     def resume(self) -> None:
-        """Go on from a saved state of the same run, if there is one."""
-        state = load_state(self.state_path, self.job.key)
-        if state is None:
-            return
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.history, self.best_top1, self.best_weights = state["history"], state["best_top1"], state["best_weights"]
+        """Go on from a saved state of the same run, if process 0 has one."""
+        state = self.processes.from_main(load_state(self.state_path, self.job.key) if self.processes.is_main else None)
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+            self.step, self.saved_step, self.seconds, self.waited = state["step"], state["step"], state["seconds"], state["waited"]
+            self.history, self.since_best = state["history"], state["since_best"]
+            self.best_top1, self.best_weights = state["best_top1"], state["best_weights"]
+        if self.job.watch is not None and self.processes.is_main:
+            self.log = self.job.watch(self.step)
 
     def save(self) -> None:
         """Write the state that `resume` reads."""
-        state = {"key": self.job.key, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"scaler": self.scaler.state_dict(), "step": self.step, "seconds": self.seconds}
-        state |= {"history": self.history, "best_top1": self.best_top1, "best_weights": self.best_weights}
-        save_state(self.state_path, state)
+        if self.processes.is_main:
+            state = {"key": self.job.key, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state |= {"scaler": self.scaler.state_dict(), "ema": self.ema.module.state_dict() if self.ema else None}
+            state |= {"step": self.step, "seconds": self.seconds, "waited": self.waited, "since_best": self.since_best}
+            state |= {"history": self.history, "best_top1": self.best_top1, "best_weights": self.best_weights}
+            save_state(self.state_path, state)
+        self.saved_step = self.step
 
     def go(self) -> None:
         """Take the remaining steps, evaluating and saving on the way."""
         resumed_at, resumed_seconds, began = self.step, self.seconds, time.monotonic()
-        while self.step < self.steps:
+        self.job.progress(self.step, self.steps)
+        while self.step < self.steps and not self.gave_up():
             self.take_step()
             self.step += 1
             self.seconds = resumed_seconds + time.monotonic() - began
-            if self.step % 10 == 0 or self.step == self.steps:
+            last = self.step == self.steps
+            if self.step % REPORT_EVERY == 0 or last:
                 self.report((self.step - resumed_at) * self.batch_size / (self.seconds - resumed_seconds))
-            if self.step % self.evaluate_every == 0 or self.step == self.steps:
+            if self.step % self.evaluate_every == 0 or last:
                 self.evaluate()
             if self.step % self.config.checkpoint_every == 0:
                 self.save()
+            if self.asked_to_stop():
+                raise KeyboardInterrupt
+
+    def gave_up(self) -> bool:
+        """Whether the recipe's patience is at its end."""
+        return 0 < self.config.patience <= self.since_best
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal came to this process, or, at the steps where they ask each other, to any."""
+        if self.processes.count == 1:
+            return self.stop.asked
+        return self.step % REPORT_EVERY == 0 and self.processes.total([float(self.stop.asked)])[0] > 0
 
     def take_step(self) -> None:
-        """One optimizer step; all its randomness comes from (seed, step)."""
-        config = self.config
-        x_BCHW, labels_B = self.batches.take(
-            self.indices(), np.random.default_rng((self.job.seed, self.step, 1)), config.flip, config.shift
-        )
-        torch.manual_seed(int(np.random.default_rng((self.job.seed, self.step, 2)).integers(2**62)))
-        rate = learning_rate(self.step, self.steps, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        """One optimizer step; all its randomness comes from seed, step and image, none from steps before."""
+        config, processes = self.config, self.processes
+        for tell in self.job.on_step:
+            tell(self.step, self.steps)
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.steps, config))
         self.model.train()
-        with torch.autocast(self.device.type, _AUTOCAST[config.precision], enabled=config.precision != "fp32"):
-            logits_BC = self.model(x_BCHW)
-        loss = F.cross_entropy(logits_BC.float(), labels_B, label_smoothing=config.label_smoothing)
-        self.scaler.scale(loss).backward()
+        summed = torch.zeros((), device=processes.device)
+        for part in range(config.accumulate):
+            whole = part + 1 == config.accumulate
+            with contextlib.nullcontext() if whole else processes.without_averaging(self.wrapped):
+                summed += self.add_gradients(part)
         if config.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.step % 10 == 9 or self.step + 1 == self.steps:
-            self.loss = float(loss.detach())
+        if self.ema:
+            self.ema.update(self.model, step=self.step + 1)
+        if (self.step + 1) % REPORT_EVERY == 0 or self.step + 1 == self.steps:
+            self.loss = processes.total([float(summed)])[0] / processes.count
             if not math.isfinite(self.loss):
                 raise VitedgeError(
                     "train",
@@ -183,70 +256,94 @@ class _Run:
                     fix="lower train.lr, or set precision: fp32",
                 )
 
-    def indices(self) -> np.ndarray:
-        """Images of this step: permutations of the split, one per epoch, cut into whole batches."""
-        per_epoch = len(self.batches) // self.batch_size
-        epoch, position = divmod(self.step, per_epoch)
-        order = np.random.default_rng((self.job.seed, epoch, 0)).permutation(len(self.batches))
-        return order[position * self.batch_size : (position + 1) * self.batch_size]
+    def add_gradients(self, part: int) -> torch.Tensor:
+        """Forward and backward of this process's `part`-th part of the step's batch; returns its loss."""
+        config, processes = self.config, self.processes
+        began = time.monotonic()
+        batch = self.next_batch(part)
+        self.waited += time.monotonic() - began
+        # Drop path and patch drop draw from torch's own generator, differently in each process.
+        torch.manual_seed(int(np.random.default_rng((self.job.seed, self.step, 2, processes.rank, part)).integers(2**62)))
+        with torch.autocast(processes.device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32"):
+            outputs = self.network(batch.x_BCHW)
+        # A model with a distillation token gives both heads' logits; labels are the class token's business.
+        logits_BC = (outputs[0] if isinstance(outputs, tuple) else outputs).float()
+        loss_B = self.label_share * F.cross_entropy(logits_BC, batch.target, label_smoothing=config.label_smoothing, reduction="none")
+        for term in self.job.losses:
+            loss_B = loss_B + term(outputs, batch)
+        # Averaged over processes afterwards: together they are the mean over the whole batch.
+        loss = loss_B.sum() * (processes.count / self.batch_size)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def next_batch(self, part: int) -> Batch:
+        """The images of a part of this step; those of the next part are already being read."""
+        step = self.step
+        following = (step, part + 1) if part + 1 < self.config.accumulate else (step + 1, 0)
+        indices, view, first = self.indices(step, part)
+        reading = self.ahead.pop((step, part), None)
+        fetched = reading.result() if reading is not None else self.batches.fetch(indices)
+        if following[0] < self.steps:
+            self.ahead[following] = self.reader.submit(self.batches.fetch, self.indices(*following)[0])
+        return self.batches.train(indices, view, step, first, fetched)
+
+    def indices(self, step: int, part: int) -> tuple[np.ndarray, int, int]:
+        """This process's images of a part of a step, their augmented view, and where in the step's batch they begin.
+
+        Every epoch is a permutation of the split, cut into whole batches.
+        """
+        epoch, position = divmod(step, len(self.batches) // self.batch_size)
+        if epoch not in self.orders:
+            self.orders = {epoch: np.random.default_rng((self.job.seed, epoch, 0)).permutation(len(self.batches))}
+        whole = self.orders[epoch][position * self.batch_size : (position + 1) * self.batch_size]
+        first, end = self.processes.share(self.batch_size, part, self.config.accumulate)
+        return whole[first:end], epoch % self.config.views if self.config.views else epoch, first
 
     def report(self, images_per_s: float) -> None:
-        """Tell the watcher where the run stands."""
+        """Tell the watchers where the run stands."""
+        share = self.waited / self.seconds if self.seconds else 0.0
         text = f"loss {self.loss:.3f}  {images_per_s:.0f} img/s"
         if self.history:
             text += f"  validation {self.history[-1]['top1']:.2f} %"
         self.job.progress(self.step, self.steps, text)
+        if self.log is not None:
+            rate = learning_rate(self.step - 1, self.steps, self.config)
+            self.log(self.step, seconds=self.seconds, loss=self.loss, lr=rate, images_per_s=images_per_s, data_share=share)
 
     def evaluate(self) -> None:
         """Top-1 on the validation split; keeps the best weights."""
-        top1 = evaluate_top1(self.model, self.held_out, self.config.precision)
-        self.history.append({"step": self.step, "top1": top1, "seconds": round(self.seconds, 1)})
-        if top1 > self.best_top1:
-            self.best_top1 = top1
-            self.best_weights = self._weights()
+        self.processes.same_buffers(self.judged)
+        found = validate(self.judged, self.held_out, self.config.precision, self.processes)
+        self.history.append({"step": self.step, **found, "seconds": round(self.seconds, 1)})
+        if self.log is not None:
+            self.log(self.step, seconds=self.seconds, **{f"validation_{name}": value for name, value in found.items()})
+        self.since_best += 1
+        if found["top1"] > self.best_top1:
+            self.best_top1, self.since_best = found["top1"], 0
+            self.best_weights = _on_cpu(self.judged)
 
     def finish(self) -> Trained:
         """Put the best weights in, and say how it went; the state stays until the caller has saved the result."""
-        last = self._weights()
+        last = _on_cpu(self.judged)
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
         notes = {
-            "steps": self.steps,
+            "steps": self.step,
+            "steps_planned": self.steps,
             "batch_size": self.batch_size,
             "seconds": round(self.seconds, 1),
-            "images_per_s": round(self.steps * self.batch_size / self.seconds, 1) if self.seconds else None,
+            "images_per_s": round(self.step * self.batch_size / self.seconds, 1) if self.seconds else None,
+            "data_share": round(self.waited / self.seconds, 4) if self.seconds else None,
             "validation_top1": round(self.best_top1, 2),
             "validation_images": len(self.held_out),
             "history": self.history,
-            "torch_device": self.device.type,
+            "torch_device": self.processes.device.type,
+            "processes": self.processes.count,
             "threads": torch.get_num_threads(),
             "precision": self.config.precision,
         }
         return Trained(notes, last)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
-
-def evaluate_top1(model: nn.Module, batches: Batches, precision: str = "fp32", batch_size: int = 250) -> float:
-    """Top-1 in percent of a model on batches, in the precision it trains in; used to choose weights, never to report them."""
-    model.eval()
-    correct = 0
-    with torch.inference_mode(), torch.autocast(batches.torch_device.type, _AUTOCAST[precision], enabled=precision != "fp32"):
-        for start in range(0, len(batches), batch_size):
-            x_BCHW, labels_B = batches.take(np.arange(start, min(start + batch_size, len(batches))))
-            correct += int((model(x_BCHW).argmax(-1) == labels_B).sum())
-    return 100.0 * correct / max(1, len(batches))
-
-
-def _torch_device(job: TrainJob) -> torch.device:
-    if job.torch_device == "cuda" and not torch.cuda.is_available():
-        raise UnavailableError(
-            "train",
-            expected="a CUDA device",
-            found="none that torch can use",
-            fix="run with --device cpu, or install a CUDA build of torch",
-        )
-    if job.torch_device == "cpu" and job.config.precision == "fp16":
-        raise UnavailableError("train", expected="precision bf16 or fp32 on a CPU", found="fp16", fix="set train.precision: bf16")
-    return torch.device(job.torch_device)
+def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}

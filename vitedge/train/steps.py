@@ -1,7 +1,8 @@
 """From a recipe to a checkpoint: build the model, run the recipe's `steps:` in order, save what came out.
 
-Each finished step leaves its weights in the work folder, so that an interrupted run goes on with the
-step it was in, and within that step from its last state.
+A technique acts at once, its losses and hooks on the `train` steps after it. Each finished `train` step leaves
+its weights in the work folder, so that an interrupted run goes on with the step it was in, and within that
+step from its last state.
 """
 
 from __future__ import annotations
@@ -9,21 +10,28 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vitedge import plugins
 from vitedge.artifact import digest_of, write_json
+from vitedge.compress import Compressed, Context
 from vitedge.data import Dataset
 from vitedge.errors import InputError, UsageError
 from vitedge.models.build import CheckpointMeta, build, load_checkpoint, read_meta, save_checkpoint
 from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
-from vitedge.train.loop import TrainJob, train
+from vitedge.train.augment import Augmentation, Batches
+from vitedge.train.loop import Log, TrainJob, train
+from vitedge.train.processes import Processes
+from vitedge.train.validation import validate
+from vitedge.train.watch import Watcher
 
 LAST = "checkpoint.last.safetensors"
 
@@ -35,53 +43,191 @@ class CheckpointJob:
     Attributes:
         recipe: What to make.
         source: Its starting weights.
-        dataset: Images to train on; None only for a recipe without `train` steps.
-        path: Where the checkpoint goes.
+        dataset: Images to train on; None only for a recipe without steps.
+        data_digest: Identity of the data and its split.
+        path: Where the checkpoint goes; metrics and curves go beside it.
         work: Folder for what an interrupted run resumes from; removed at the end.
         key: Identity of the run.
         torch_device: `cpu` or `cuda`.
         bar: A named progress bar per step.
+        tensorboard: Whether TensorBoard files are written too.
     """
 
     recipe: Recipe
     source: WeightsSource
     dataset: Dataset | None
+    data_digest: str
     path: Path
     work: Path
     key: str
     torch_device: str
     bar: Callable[[str], Progress]
+    tensorboard: bool = False
 
 
 def make_checkpoint(job: CheckpointJob) -> dict[str, Any]:
-    """Build, train, save; returns notes for the manifest.
+    """Build, train, save; returns notes for the manifest. In a run of many processes, process 0 writes.
+
+    Where anything was trained, the test split is looked at once, at the end, in float32.
 
     Raises:
         InputError: The weights' classes are not the data's, or a classifier is random and nothing trains it.
+        UsageError: A step cannot be done as the recipe says.
+        UnavailableError: The device, or an optional package, is not there.
     """
-    recipe = job.recipe
-    torch.manual_seed(recipe.seed)
-    meta = _meta(job)
-    notes: dict[str, Any] = {"weights": job.source.kind, "steps": []}
-    model: nn.Module | None = None
-    for index, (name, config) in enumerate(recipe.steps):
-        done = job.work / f"step{index}.safetensors"
-        key = digest_of(job.key, index)
-        record = _finished(done, key)
-        if record is None:
-            model = _model_before(job, meta, index, config)
-            record = _run_step(job, meta, model, index, name, config, key)
-            save_checkpoint(done, model, meta)
-            write_json(done.with_suffix(".json"), {"key": key, "notes": record})
-        notes["steps"].append({name: record})
-    if recipe.steps:
-        model, _ = load_checkpoint(job.work / f"step{len(recipe.steps) - 1}.safetensors")
-    else:
-        model, random = build(recipe.model, meta.num_classes, job.source)
-        _refuse_random(job, random)
-    save_checkpoint(job.path, model.float(), meta)
-    shutil.rmtree(job.work, ignore_errors=True)
-    return notes
+    run = _Steps(job, _meta(job))
+    for index, (name, config) in enumerate(job.recipe.steps):
+        run.take(index, name, config)
+    return run.finish()
+
+
+@dataclass
+class _Steps:
+    """The recipe's steps under way: the model, and what techniques left for the `train` steps that follow."""
+
+    job: CheckpointJob
+    meta: CheckpointMeta
+    model: nn.Module = field(init=False)
+    processes: Processes = field(init=False)
+    active: list[Compressed] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    watcher: Watcher | None = None
+
+    def __post_init__(self) -> None:
+        job = self.job
+        torch.manual_seed(job.recipe.seed)
+        self.processes = Processes(job.torch_device if job.recipe.steps else "cpu")
+        self.model, random = build(job.recipe.model, self.meta.num_classes, job.source)
+        if random and not self.trains:
+            raise InputError(
+                str(job.source.path or job.source.kind),
+                expected="a classifier for these classes",
+                found=f"none that fits ({', '.join(random)} would stay random)",
+                fix="add a `train` step, or give --weights of a model fine-tuned on this data",
+            )
+        if self.trains and self.processes.is_main:
+            self.watcher = Watcher(job.path.parent, job.tensorboard)
+
+    @property
+    def trains(self) -> bool:
+        return any(isinstance(config, TrainConfig) for _, config in self.job.recipe.steps)
+
+    def take(self, index: int, name: str, config: Any) -> None:
+        """Run one step on the model."""
+        if isinstance(config, TrainConfig):
+            record = self.train(index, config)
+        else:
+            compressed = plugins.load("compress", name).apply(self.model, config, self.context(index))
+            self.model = compressed.model
+            self.active.append(compressed)
+            record = compressed.notes
+        self.notes.append({name: record})
+
+    def context(self, index: int) -> Context:
+        """What the technique at `index` may know, the `train` steps after it included."""
+        job = self.job
+        following = [config for _, config in job.recipe.steps[index:] if isinstance(config, TrainConfig)]
+        config = following[0] if following else TrainConfig()
+        augmentation = Augmentation.of(config).plain()
+        fixed = all(c.views == config.views and Augmentation.of(c).plain() == augmentation for c in following)
+        if job.dataset is None:
+            raise UsageError("steps", expected="a data set", found="none", fix="give --data, or set VITEDGE_DATA")
+        return Context(
+            self.meta.num_classes,
+            self.meta.labels,
+            job.recipe.contract(),
+            len(job.dataset.train.labels),
+            job.data_digest,
+            job.recipe.seed,
+            self.processes.device.type,
+            config.precision,
+            augmentation,
+            config.views if fixed else 0,
+            job.path.parent.parent,
+        )
+
+    def train(self, index: int, config: TrainConfig) -> dict[str, Any]:
+        """One `train` step, or what an earlier, interrupted run has left of it."""
+        job = self.job
+        done, key = job.work / f"step{index}.safetensors", digest_of(job.key, index)
+        record: dict[str, Any] | None = self.processes.from_main(_finished(done, key) if self.processes.is_main else None)
+        if record is not None:
+            if self.processes.is_main:  # the others get its weights where the next step begins
+                self.model.load_state_dict(load_checkpoint(done)[0].state_dict())
+            return record
+        if job.dataset is None:
+            raise UsageError(f"steps.{index}", expected="a data set", found="none", fix="give --data, or set VITEDGE_DATA")
+        self.set_drops(config)
+        trainings = [i for i, (_, c) in enumerate(job.recipe.steps) if isinstance(c, TrainConfig)]
+        label = "train" if len(trainings) == 1 else f"train {trainings.index(index) + 1}/{len(trainings)}"
+        trained = train(
+            self.model,
+            TrainJob(
+                config,
+                job.dataset.train,
+                job.dataset.validation,
+                job.recipe.contract(),
+                self.meta.num_classes,
+                # Every step its own images' order and views, but for views that are fixed: those are the recipe's.
+                job.recipe.seed if config.views else job.recipe.seed + index,
+                self.processes,
+                job.work / f"step{index}",
+                key,
+                [loss for compressed in self.active for loss in compressed.losses],
+                [compressed.on_step for compressed in self.active if compressed.on_step],
+                job.bar(label),
+                partial(_watch, self.watcher, trainings.index(index), label) if self.watcher else None,
+            ),
+        )
+        self.model.cpu()
+        if self.processes.is_main:
+            if index == trainings[-1]:
+                best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+                self.model.load_state_dict(trained.last)
+                save_checkpoint(job.path.with_name(LAST), self.model, self.meta)
+                self.model.load_state_dict(best)
+            save_checkpoint(done, self.model, self.meta)
+            write_json(done.with_suffix(".json"), {"key": key, "notes": trained.notes})
+        return trained.notes
+
+    def set_drops(self, config: TrainConfig) -> None:
+        """Give the model a `train` step's own drop rates: timm sets them where it builds a model, as modules without weights."""
+        from timm.layers import DropPath, PatchDropout
+
+        fresh = self.meta.create(config.drop_path, config.patch_drop)
+        modules = [*self.model.named_modules(), *fresh.named_modules()]
+        for path in {path for path, module in modules if isinstance(module, (DropPath, PatchDropout))}:
+            parent, _, leaf = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, getattr(fresh.get_submodule(parent), leaf))
+
+    def finish(self) -> dict[str, Any]:
+        """Convert, save, judge on the test split, clear up."""
+        job = self.job
+        for compressed in reversed(self.active):
+            if compressed.convert is not None:
+                self.model = compressed.convert(self.model)
+        notes: dict[str, Any] = {"weights": job.source.kind, "steps": self.notes}
+        self.model.float().cpu()
+        if self.processes.is_main:
+            save_checkpoint(job.path, self.model, self.meta)
+        if self.trains and job.dataset is not None:
+            notes["test"] = self.test(job.dataset)
+        if self.watcher is not None:
+            self.watcher.draw()
+            self.watcher.close()
+        if self.processes.is_main:
+            shutil.rmtree(job.work, ignore_errors=True)
+        return notes
+
+    def test(self, dataset: Dataset) -> dict[str, Any]:
+        """Top-1 of each head on the whole test split, in percent."""
+        model = self.model.to(self.processes.device)
+        batches = Batches(
+            dataset.test.images, dataset.test.labels, self.job.recipe.contract(), self.processes.device, self.meta.num_classes
+        )
+        found = validate(model, batches, "fp32", self.processes)
+        model.cpu()
+        return {**{name: round(value, 4) for name, value in found.items()}, "images": len(batches)}
 
 
 def _meta(job: CheckpointJob) -> CheckpointMeta:
@@ -116,6 +262,12 @@ def _meta(job: CheckpointJob) -> CheckpointMeta:
     )
 
 
+def _watch(watcher: Watcher, stage: int, label: str, step: int) -> Log:
+    """What takes the metrics of a `train` step that starts at `step`."""
+    watcher.stage(stage, label, step)
+    return watcher.log
+
+
 def _finished(path: Path, key: str) -> dict[str, Any] | None:
     """Notes of a step that an earlier, interrupted run completed, or None."""
     record = path.with_suffix(".json")
@@ -124,46 +276,3 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
     content = json.loads(record.read_text(encoding="utf-8"))
     notes: dict[str, Any] = content["notes"]
     return notes if content["key"] == key else None
-
-
-def _model_before(job: CheckpointJob, meta: CheckpointMeta, index: int, config: Any) -> nn.Module:
-    """The model as step `index` finds it, with that step's own drop rates."""
-    drop_path, patch_drop = getattr(config, "drop_path", 0.0), getattr(config, "patch_drop", 0.0)
-    if index == 0:
-        model, random = build(job.recipe.model, meta.num_classes, job.source, drop_path, patch_drop)
-        if not any(name == "train" for name, _ in job.recipe.steps):
-            _refuse_random(job, random)
-        return model
-    model = meta.create(drop_path, patch_drop)
-    before, _ = load_checkpoint(job.work / f"step{index - 1}.safetensors")
-    model.load_state_dict(before.state_dict())
-    return model
-
-
-def _refuse_random(job: CheckpointJob, random: list[str]) -> None:
-    if random:
-        raise InputError(
-            str(job.source.path or job.source.kind),
-            expected="a classifier for these classes",
-            found=f"none that fits ({', '.join(random)} would stay random)",
-            fix="add a `train` step, or give --weights of a model fine-tuned on this data",
-        )
-
-
-def _run_step(job: CheckpointJob, meta: CheckpointMeta, model: nn.Module, index: int, name: str, config: Any, key: str) -> dict[str, Any]:
-    """Run one step on the model in place, which keeps its best weights; the last step's last weights are kept beside. Returns notes."""
-    if not isinstance(config, TrainConfig) or job.dataset is None:
-        raise UsageError(f"steps.{index}", expected="`train` with a data set", found=name, fix="see `vitedge recipes schema`")
-    label = "train" if len(job.recipe.steps) == 1 else f"train {index + 1}/{len(job.recipe.steps)}"
-    folder = job.work / f"step{index}"
-    contract, seed = job.recipe.contract(), job.recipe.seed + index
-    trained = train(
-        model, TrainJob(config, job.dataset.train, job.dataset.validation, contract, seed, job.torch_device, folder, key, job.bar(label))
-    )
-    model.cpu()
-    if index == len(job.recipe.steps) - 1:
-        best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(trained.last)
-        save_checkpoint(job.path.with_name(LAST), model, meta)
-        model.load_state_dict(best)
-    return trained.notes

@@ -1,0 +1,54 @@
+"""Starting the processes of a run on this machine, by torch's elastic launcher (what `torchrun` is)."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import uuid
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from vitedge.errors import VitedgeError
+
+
+def start(processes: int, arguments: list[str]) -> int:
+    """Run `vitedge ARGUMENTS` in so many processes.
+
+    Returns:
+        Their exit code: 0, or that of the first process that failed, which has said why.
+
+    Raises:
+        VitedgeError: A process was killed.
+        KeyboardInterrupt: This process was told to end; the others have saved and ended before.
+    """
+    # The launcher logs each signal it passes on; people are told once, below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "vitedge", *arguments)
+    except SignalException as error:
+        raise KeyboardInterrupt from error
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return int(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        raise VitedgeError(
+            f"process {number} of {processes}",
+            expected="all processes to stay alive",
+            found=f"ended by {name}",
+            fix="run the same command again: it goes on from the last checkpoint",
+        ) from error
+    return 0
