@@ -74,17 +74,38 @@ def test_make_and_ci_do_what_the_readme_says() -> None:
     assert "make lint" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+# Loaded by every Python that starts with its folder on the path.
+NO_NETWORK = """
+import socket
+
+def refused(host, *rest, **more):
+    raise socket.gaierror(f"name lookup of {host!r}: there is no network here")
+
+socket.getaddrinfo = socket.gethostbyname = socket.gethostbyname_ex = refused
+"""
+
+
 @pytest.mark.timeout(600)
 def test_the_readmes_commands_run(tmp_path: Path) -> None:
-    """In order, in an empty folder, as a newcomer without data or network would."""
+    """In order, in an empty folder, as a newcomer without data or network would; the bench table has static int8 in it."""
+    (tmp_path / "offline").mkdir()
+    (tmp_path / "offline" / "sitecustomize.py").write_text(NO_NETWORK)
     assert any("export" in command for command in COMMANDS) and any("verify" in command for command in COMMANDS)
     binaries = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "CI": "1"}
+    paths = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    paths["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path / "offline"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **paths, "CI": "1"}
+    assert "VITEDGE_DATA" not in environment and "VITEDGE_WEIGHTS" not in environment
+    lookup = [sys.executable, "-c", "import socket; socket.getaddrinfo('example.org', 80)"]
+    assert "there is no network here" in subprocess.run(lookup, capture_output=True, text=True, env=environment).stderr
+    tables = []
     for command in COMMANDS:
         words = shlex.split(command)
         assert words[0] in ("vitedge", "python", "unzip"), command
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+        tables += [done.stdout] if words[:2] == ["vitedge", "bench"] else []
+    assert "model.int8_dynamic.onnx" in tables[0] and "model.int8_static.onnx" in tables[0]
 
 
 def test_shipped_recipes_and_devices_are_where_the_readme_says() -> None:

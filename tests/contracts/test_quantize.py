@@ -40,7 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Art
 @pytest.mark.parametrize("library", plugins.names("quantize"))
 def test_declares_what_the_contract_asks(library: str) -> None:
     module = plugins.load("quantize", library)
-    assert module.SCHEMES and set(module.NEEDS_CALIBRATION) <= set(module.SCHEMES)
+    assert module.SCHEMES and set(module.TAKES_RANGES) <= set(module.NEEDS_CALIBRATION) <= set(module.SCHEMES)
     for config in module.SCHEMES.values():
         assert issubclass(config, Scheme)
         assert all(field.description for field in config.model_fields.values())

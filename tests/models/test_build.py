@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from vitedge.errors import InputError, UsageError
 from vitedge.models import weights as weights_module
 from vitedge.models.build import CheckpointMeta, build, create, load_checkpoint, read_meta, read_tensors, save_checkpoint
-from vitedge.models.embed import embed
 from vitedge.models.weights import WeightsSource, locate
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import ModelSpec
@@ -95,14 +94,6 @@ def test_a_checkpoint_round_trips(tmp_path: Path) -> None:
     x_BCHW = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(x_BCHW), again(x_BCHW))
     assert not again.training
-
-
-def test_embedding_halves_the_bytes_and_keeps_the_header(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c.safetensors", create(ARCH, 8, 4, 3), META)
-    embed(tmp_path / "c.safetensors", tmp_path / "zoo.safetensors")
-    assert read_meta(tmp_path / "zoo.safetensors") == META
-    ratio = (tmp_path / "c.safetensors").stat().st_size / (tmp_path / "zoo.safetensors").stat().st_size
-    assert 1.95 < ratio < 2.05
 
 
 def test_a_file_without_our_header_is_refused_as_checkpoint(donor: Path) -> None:

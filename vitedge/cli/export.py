@@ -56,6 +56,9 @@ def _show(manifest: Manifest, plans: list[StagePlan], device: str) -> None:
         counts = artifact.notes.get("node_counts") or {}
         nodes = f"{counts['int8']} int8 nodes" if counts.get("int8") else ""
         say(f"  {artifact.name:28} {artifact.size_bytes / 2**20:6.2f} MiB  {ratio:16} {nodes}".rstrip())
+        used = artifact.notes.get("calibration") or {}
+        if used.get("stored"):
+            say(f"  {'':28} without images: activation ranges stored with the model, of {used['images']} train images of {used['data']}")
     for plan in plans:
         if plan.action == "skip":
             say(f"  {plan.name}: not built, {plan.reason}")

@@ -12,6 +12,8 @@ from vitedge.locations import weights_folder
 
 ZOO = Path(__file__).parent / "zoo"
 BUILTIN = ZOO / "deit_tiny_patch4_32_cifar10.safetensors"
+# Activation ranges of its calibration; both are written by `python -m vitedge.models.embed`.
+BUILTIN_RANGES = BUILTIN.with_suffix(".ranges.json")
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class WeightsSource:
     Attributes:
         kind: `builtin` | `file` | `download` (timm's, over the network) | `none` (random).
         path: The file, None for `download` and `none`.
+        ranges: The activation ranges kept beside it, None for all but `builtin`.
     """
 
     kind: str
     path: Path | None = None
+    ranges: Path | None = None
 
     def digest(self) -> str:
         """Identity for cache keys: the file's hash, or the kind."""
@@ -48,7 +52,7 @@ def locate(weights: str, arch: str, option: str | None = None) -> WeightsSource:
     if word == "builtin":
         if not BUILTIN.is_file():
             raise InputError(str(BUILTIN), expected="the embedded checkpoint", found="no such file", fix="reinstall vitedge")
-        return WeightsSource("builtin", BUILTIN)
+        return WeightsSource("builtin", BUILTIN, BUILTIN_RANGES)
     if word == "pretrained":
         folder = weights_folder()
         path = folder / f"{arch}.safetensors" if folder else None

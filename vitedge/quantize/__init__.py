@@ -1,7 +1,8 @@
 """Libraries that quantize ONNX files, one file each, behind one contract.
 
 A module offers `SCHEMES` (scheme name to its `Config`, a `vitedge.recipe.Scheme`), `NEEDS_CALIBRATION`
-(the scheme names that need images), `HEAVY`, `EXTRA`, and `quantize(job) -> Artifact`.
+(the scheme names that need images), `TAKES_RANGES` (those of them that take stored activation ranges
+instead), `HEAVY`, `EXTRA`, and `quantize(job) -> Artifact`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from vitedge.artifact import Artifact
 from vitedge.device import QuantizationRules
 from vitedge.progress import Progress, silent
+from vitedge.quantize._ranges import StoredRanges
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Job:
         batch_size: Images a calibration step takes at once.
         folder: Where the artifact is written, under its final name.
         progress: Told of calibration.
+        ranges: Activation ranges kept from an earlier calibration, for a scheme of `TAKES_RANGES`; images are then not looked at.
     """
 
     source: Artifact
@@ -40,3 +43,4 @@ class Job:
     batch_size: int
     folder: Path
     progress: Progress = silent
+    ranges: StoredRanges | None = None

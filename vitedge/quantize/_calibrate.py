@@ -17,6 +17,7 @@ import onnx
 
 from vitedge.errors import InputError
 from vitedge.progress import Progress
+from vitedge.quantize._ranges import Ranges
 
 METHODS = ("minmax", "percentile", "entropy")
 
@@ -28,8 +29,8 @@ def activation_ranges(
     method: str,
     percentile: float,
     progress: Progress,
-) -> Any:
-    """Ranges of activations as ONNX Runtime's quantizer takes them (`TensorsData`).
+) -> Ranges:
+    """Lowest and highest value of activations, by tensor name; float32 exactly.
 
     Args:
         model_path: The float model; an augmented copy is written beside it.
@@ -49,17 +50,29 @@ def activation_ranges(
         for done, batch in enumerate(items):
             calibrator.collect_data(_reader({input_name: batch}))
             progress(done + 1, len(items), "of the calibration images")
-        ranges = calibrator.compute_data()
-    for name, data in ranges.items():
-        low, high = (np.asarray(side, np.float64) for side in data.range_value)
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        measured = calibrator.compute_data()
+    ranges: Ranges = {}
+    for name, data in measured.items():
+        low, high = (float(np.asarray(side, np.float32).item()) for side in data.range_value)
+        if not (np.isfinite(low) and np.isfinite(high)):
             raise InputError(
                 f"activation '{name}'",
                 expected="a finite range over the calibration images",
                 found=f"[{low}, {high}]",
                 fix="check the model in float: it overflows",
             )
+        ranges[name] = (low, high)
     return ranges
+
+
+def as_library(ranges: Ranges) -> Any:
+    """Ranges as ONNX Runtime's quantizer takes them (`TensorsData`), however they were found."""
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+
+    return TensorsData(
+        CalibrationMethod.MinMax,  # what reads them is told nothing but the two ends
+        {name: TensorData(lowest=np.array(low, np.float32), highest=np.array(high, np.float32)) for name, (low, high) in ranges.items()},
+    )
 
 
 def _reader(feeds: dict[str, np.ndarray]) -> Any:

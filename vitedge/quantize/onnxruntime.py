@@ -26,13 +26,14 @@ from vitedge.graph._run import run_passes
 from vitedge.host import tool_versions
 from vitedge.model_file import input_spec, write_contract
 from vitedge.quantize import Job
-from vitedge.quantize._calibrate import activation_ranges
+from vitedge.quantize._calibrate import activation_ranges, as_library
+from vitedge.quantize._ranges import Ranges, describe
 from vitedge.quantize._source import batches, calibration_images, matching
 from vitedge.recipe import Scheme
 
 HEAVY = "onnxruntime"
 EXTRA = None
-NEEDS_CALIBRATION = ("int8_static",)
+NEEDS_CALIBRATION = TAKES_RANGES = ("int8_static",)
 
 OpType = Literal["MatMul", "Gemm", "Conv"]
 _PASSES = ("strip_metadata", "reorder_gelu", "patch_embed_matmul")
@@ -83,22 +84,31 @@ def quantize(job: Job) -> Artifact:
 
     Raises:
         UsageError: The scheme needs calibration images and there are none, or an exclude pattern matches nothing.
-        InputError: Nothing in the model can be quantized, or calibration images or ranges are unusable.
+        InputError: Nothing in the model can be quantized, or calibration images or ranges are unusable, or stored
+            ranges are another model's.
         GateError: A graph pass changed the model's answers.
         VitedgeError: ONNX Runtime's quantizer failed.
         OutputError: The file cannot be written.
     """
-    images = calibration_images(job) if job.scheme in NEEDS_CALIBRATION else None
+    is_static = job.scheme in NEEDS_CALIBRATION
+    if is_static and job.ranges is None:
+        calibration_images(job)  # refused before any work
     config: Int8Dynamic = job.config
     per_channel = job.rules.per_channel if config.per_channel is None else config.per_channel
     settings = {**config.model_dump(mode="json"), "per_channel": per_channel, "reduce_range": bool(job.rules.reduce_range)}
     prepared = _prepare(job, config)
+    notes: dict[str, Any] = {"settings": settings}
     try:
-        if images is None:
-            quantized = _dynamic(prepared, settings)
-        else:
+        if is_static:
             settings["activation_type"] = settings["activation_type"] or job.rules.activation_type
-            quantized = _static(prepared, settings, images, job)
+            if job.ranges is not None:
+                ranges = job.ranges.match(prepared.model, prepared.chosen, str(job.source.path))
+            else:
+                ranges = _measure(prepared, settings, calibration_images(job), job)
+            notes["ranges"] = describe(prepared.model, prepared.chosen, ranges)
+            quantized = _static(prepared, settings, ranges)
+        else:
+            quantized = _dynamic(prepared, settings)
     except VitedgeError:
         raise
     except Exception as error:  # the library raises what it pleases: ValueError, RuntimeError, the engine's own
@@ -113,7 +123,7 @@ def quantize(job: Job) -> Artifact:
     contract = job.source.contract()
     if contract is not None:  # the source's own, or the one that was given for a file without
         write_contract(quantized, contract, job.source.labels)
-    return _write(job, quantized, settings, prepared)
+    return _write(job, quantized, notes, prepared)
 
 
 def _prepare(job: Job, config: Int8Dynamic) -> _Prepared:
@@ -175,13 +185,10 @@ def _dynamic(prepared: _Prepared, settings: dict[str, Any]) -> onnx.ModelProto:
         return onnx.load(output)
 
 
-def _static(prepared: _Prepared, settings: dict[str, Any], images: np.ndarray, job: Job) -> onnx.ModelProto:
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-    model = onnx.shape_inference.infer_shapes(prepared.model)
-    chosen = [node for node in model.graph.node if node.name in set(prepared.chosen)]
-    constants = {tensor.name for tensor in model.graph.initializer}
+def _measure(prepared: _Prepared, settings: dict[str, Any], images: np.ndarray, job: Job) -> Ranges:
+    """Ranges of the activations that the chosen nodes read, over calibration images."""
+    chosen = [node for node in prepared.model.graph.node if node.name in set(prepared.chosen)]
+    constants = {tensor.name for tensor in prepared.model.graph.initializer}
     watched = {name for node in chosen for name in node.input[:2] if name not in constants}
     # A Conv fuses to integer arithmetic only when its output is quantized too.
     watched |= {node.output[0] for node in chosen if node.op_type == "Conv"}
@@ -189,14 +196,21 @@ def _static(prepared: _Prepared, settings: dict[str, Any], images: np.ndarray, j
     with tempfile.TemporaryDirectory(prefix="vitedge-quantize-") as temporary:
         path = Path(temporary) / "float.onnx"
         onnx.save(prepared.model, path)
-        ranges = activation_ranges(path, watched, items, settings["method"], settings["percentile"], job.progress)
+        return activation_ranges(path, watched, items, settings["method"], settings["percentile"], job.progress)
+
+
+def _static(prepared: _Prepared, settings: dict[str, Any], ranges: Ranges) -> onnx.ModelProto:
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    model = onnx.shape_inference.infer_shapes(prepared.model)
     quantizer = QDQQuantizer(
         model,
         settings["per_channel"],
         settings["reduce_range"],
         QuantType.QInt8,
         QuantType.QUInt8 if settings["activation_type"] == "uint8" else QuantType.QInt8,
-        ranges,
+        as_library(ranges),
         prepared.chosen,
         [],
         list(settings["op_types"]),
@@ -220,7 +234,7 @@ def _drop_metadata(model: onnx.ModelProto, *keys: str) -> None:
         model.metadata_props.add(key=key, value=value)
 
 
-def _write(job: Job, model: onnx.ModelProto, settings: dict[str, Any], prepared: _Prepared) -> Artifact:
+def _write(job: Job, model: onnx.ModelProto, notes: dict[str, Any], prepared: _Prepared) -> Artifact:
     """Write the file under its final name once ONNX Runtime has opened and run it."""
     from vitedge.runtimes import Target
     from vitedge.runtimes import onnxruntime as engine
@@ -245,7 +259,7 @@ def _write(job: Job, model: onnx.ModelProto, settings: dict[str, Any], prepared:
         facts = engine.load(artifact, Target(engine.CPU, threads=1, batch_size=batch_size)).facts
     notes = {
         "library": "onnxruntime",
-        "settings": settings,
+        **notes,
         "passes": prepared.passes,
         "nodes_chosen": len(prepared.chosen),
         "node_counts": facts.node_counts,

@@ -33,6 +33,7 @@ from vitedge.runtimes._openvino_import import import_quietly
 HEAVY = "nncf"
 EXTRA = "openvino"
 NEEDS_CALIBRATION = ("int8_static",)
+TAKES_RANGES: tuple[str, ...] = ()  # SmoothQuant and bias correction need the activations themselves, not only how far they reach
 
 
 class Int8Static(Scheme):
