@@ -110,12 +110,14 @@ def _checkpoint(teacher: str, builds: Path) -> Path:
     path = path / CHECKPOINT if path.is_dir() else path
     if path.is_file():
         return path
-    recipes = [] if is_path else list(list_files("recipes"))
-    hint = "" if teacher in recipes else closest(teacher, recipes)
+    if is_path:
+        raise UsageError(f"distill.teacher '{teacher}'", expected="a teacher's checkpoint", found=f"no file {path}", fix="check the path")
+    recipes = list(list_files("recipes"))
+    shipped = teacher in recipes
     output = "" if builds.resolve() == Path("build").resolve() else f" -o {builds / teacher}"
     raise UsageError(
         f"distill.teacher '{teacher}'",
         expected="a teacher's checkpoint",
-        found=f"no file {path}{hint}",
-        fix="check the path" if is_path else f"run: vitedge train --recipe {teacher}{output}",
+        found=f"no file {path}{'' if shipped else closest(teacher, recipes)}",
+        fix=f"run: vitedge train --recipe {teacher if shipped else f'PATH/{teacher}.yaml'}{output}",
     )
