@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from timm.data.random_erasing import RandomErasing
 
 from tests.train.made_images import UniformImages, photographs
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import TrainConfig
+from vitedge.train import augment
 from vitedge.train.augment import Augmentation, Batches, erase_batch_, flip_batch, shift_batch
 from vitedge.train.draws import draw_view
 from vitedge.train.randaugment import OPERATIONS, BatchedRandAugment
@@ -100,14 +101,14 @@ def test_the_order_is_shift_flip_randaugment_resize_erase() -> None:
     view, seed, indices = 4, 11, np.arange(IMAGES)[::-1].copy()
     batch = batches(PER_IMAGE, seed).train(indices, view, step=0)
     draws = draw_view(IMAGES, seed, view, 3, 2, len(OPERATIONS))
-    augment = BatchedRandAugment(9)
+    operations = BatchedRandAugment(9)
     for position, index in enumerate(indices):
         down, right = draws.offsets_N2[index] + 3
         image_HWC = np.pad(PHOTOGRAPHS[index], ((3, 3), (3, 3), (0, 0)))[down : down + 12, right : right + 12]
         image_HWC = image_HWC[:, ::-1] if draws.flips_N[index] else image_HWC
         rows = slice(index, index + 1)
         image_BCHW = torch.from_numpy(image_HWC.copy()).permute(2, 0, 1)[None].contiguous()
-        image_BCHW = augment(image_BCHW, draws.operations_NL[rows], draws.negative_NL[rows])
+        image_BCHW = operations(image_BCHW, draws.operations_NL[rows], draws.negative_NL[rows])
         resized = torch.from_numpy(CONTRACT.resize_crop(image_BCHW[0].permute(1, 2, 0).numpy()).astype(np.float32)).permute(2, 0, 1)
         random.seed(int(draws.erasing_N[index]))
         expected = RandomErasing(0.5, mode="const", device="cpu")(resized.contiguous())
@@ -136,6 +137,7 @@ def test_mixing_comes_last_and_the_inputs_are_the_mixed_pixels() -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(-5, 2**63), st.integers(0, 1000), st.permutations(range(IMAGES)), st.integers(1, IMAGES - 1), st.integers(0, 99))
+@example(-1, 0, list(range(IMAGES)), 5, 0)
 def test_any_part_in_any_order_sees_what_the_whole_does(seed: int, view: int, order: list[int], cut: int, step: int) -> None:
     whole = batches(PER_IMAGE, seed).train(np.arange(IMAGES), view, step=0)
     others = batches(PER_IMAGE, seed)
@@ -163,6 +165,15 @@ def test_a_view_comes_back_the_same_and_views_and_seeds_differ() -> None:
         assert (a != b).flatten(1).any(1).sum() > IMAGES * 0.9
 
 
+def test_tables_of_two_views_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(augment, "draw_view", lambda *given: drawn.append(given[2]) or draw_view(*given))
+    one = batches(Augmentation(shift=1))
+    for view in (0, 0, 1, 0, 1, 2, 1, 2, 0):
+        one.train(np.arange(2), view, step=0)
+    assert drawn == [0, 1, 2, 0]
+
+
 def test_draws_are_even_and_each_augmentation_has_its_own() -> None:
     draws = draw_view(20000, 0, 0, 2, 2, len(OPERATIONS))
     assert abs(draws.flips_N.mean() - 0.5) < 0.02 and abs(draws.negative_NL.mean() - 0.5) < 0.02
@@ -174,12 +185,15 @@ def test_draws_are_even_and_each_augmentation_has_its_own() -> None:
     assert len(set(draws.erasing_N.tolist())) == 20000 and draws.erasing_N.min() >= 0
     unshifted = draw_view(20000, 0, 0, 0, 0, len(OPERATIONS))
     assert np.array_equal(unshifted.flips_N, draws.flips_N) and np.array_equal(unshifted.erasing_N, draws.erasing_N)
+    one_layer = draw_view(20000, 0, 0, 2, 1, len(OPERATIONS))
+    assert abs((one_layer.flips_N == one_layer.negative_NL[:, 0]).mean() - 0.5) < 0.02
     assert not unshifted.offsets_N2.any() and unshifted.operations_NL.shape == (20000, 0)
 
 
 @pytest.mark.parametrize("uniform", [True, False])
 def test_global_random_numbers_are_left_alone(uniform: bool) -> None:
     everything, indices = batches(EVERYTHING, uniform=uniform), np.arange(IMAGES)
+    random.seed(1)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     everything.train(indices, 0, 0, fetched=everything.fetch(indices))
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
