@@ -89,7 +89,7 @@ def export_model(work: Path) -> Path:
     spec = ModelSpec(img_size=112, weights=str(weights))
     labels = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     model, _ = build(spec, len(labels), locate(spec.weights, spec.arch))
-    contract = PreprocessSpec().contract(spec.img_size)
+    contract = PreprocessSpec().contract(spec.side)
     noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     export(ExportJob(model.eval(), contract, labels, ExportConfig(), contract(list(noise)), False, path.parent, "compare_int8", ""))
     return path

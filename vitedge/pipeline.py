@@ -78,6 +78,8 @@ class Pipeline:
             )
         self.weights: WeightsSource = locate(recipe.model.weights, recipe.model.arch, weights_option)
         self.rules = resolve_rules(device, probe_host())
+        if datasets.wants_data(recipe) and self.dataset is not None:
+            self.recipe = datasets.fill(recipe, self.dataset)
 
     @property
     def trains(self) -> bool:

@@ -19,11 +19,20 @@ from vitedge.preprocess import Preprocessing
 from vitedge.schema import Section, load_yaml, resolve_file, validate
 
 
+def _left_to_data(key: str) -> UsageError:
+    return UsageError(
+        key,
+        expected="numbers",
+        found="null, which training fills in from its data",
+        fix="name the recipe.yaml of the build folder instead, or give a data set",
+    )
+
+
 class ModelSpec(Section):
     """Any timm ViT or DeiT, at any image and patch size; or any other timm classifier, to teach one."""
 
     arch: str = Field("deit_tiny_patch16_224", description="timm's model name")
-    img_size: int = Field(224, ge=8, le=1024, description="side of the square input, pixels")
+    img_size: int | None = Field(224, ge=8, le=1024, description="side of the square input, pixels; null: that of the data's images")
     patch_size: int | None = Field(None, ge=1, le=64, description="side of a patch, pixels; null keeps the architecture's")
     stem: Literal["own", "small"] = Field(
         "own", description="small: a ResNet starts with a 3x3 convolution and no pooling, for images of about 32 px"
@@ -33,9 +42,20 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _patches_fit(self) -> ModelSpec:
-        if self.patch_size and self.img_size % self.patch_size:
+        if self.patch_size and self.img_size and self.img_size % self.patch_size:
             raise ValueError(f"img_size to be a multiple of patch_size {self.patch_size}")
         return self
+
+    @property
+    def side(self) -> int:
+        """Side of the input, pixels.
+
+        Raises:
+            UsageError: It is left to the data, and not filled in yet.
+        """
+        if self.img_size is None:
+            raise _left_to_data("model.img_size")
+        return self.img_size
 
 
 class DataSpec(Section):
@@ -52,11 +72,17 @@ class PreprocessSpec(Section):
     crop: Literal["squash", "center"] = "squash"
     crop_fraction: float = Field(1.0, gt=0, le=1)
     interpolation: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "bicubic"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] | None = Field((0.485, 0.456, 0.406), description="ImageNet's; null: that of the data's train split")
+    std: tuple[float, float, float] | None = Field((0.229, 0.224, 0.225), description="as mean")
 
     def contract(self, size: int) -> Preprocessing:
-        """The preprocessing contract at a model's input size."""
+        """The preprocessing contract at a model's input size.
+
+        Raises:
+            UsageError: Mean or deviation are left to the data, and not filled in yet.
+        """
+        if self.mean is None or self.std is None:
+            raise _left_to_data("preprocess.mean and preprocess.std")
         return Preprocessing(size=size, **self.model_dump())
 
 
@@ -149,7 +175,7 @@ class Recipe(Section):
 
     def contract(self) -> Preprocessing:
         """The preprocessing contract every stage of this recipe uses."""
-        return self.preprocess.contract(self.model.img_size)
+        return self.preprocess.contract(self.model.side)
 
     def to_plain(self) -> dict[str, Any]:
         """Plain data that `load` reads back to an equal recipe."""

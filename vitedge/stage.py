@@ -61,7 +61,7 @@ def estimate_seconds(recipe: Recipe, stage: str) -> float:
     """Seconds on two cores of a current Xeon; a first guess, replaced by the real figure after one run."""
     if stage == "checkpoint":
         # 250 images/s at 7 x 7 patches (results/LOG.md), and cost grows with their number.
-        per_image = 4.0e-3 * (recipe.model.img_size / (recipe.model.patch_size or 16) / 7) ** 2
+        per_image = 4.0e-3 * (recipe.model.side / (recipe.model.patch_size or 16) / 7) ** 2
         images = sum(c.steps * c.batch_size if c.steps else c.epochs * 45_000 for _, c in recipe.steps if isinstance(c, TrainConfig))
         return 5.0 + images * per_image
     return 25.0 if stage == "export" or "static" in stage else 8.0

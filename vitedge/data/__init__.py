@@ -4,9 +4,10 @@
 are for the final figure: calibration and tuning take train and validation images only.
 """
 
+from vitedge.data.fill import fill, wants_data
 from vitedge.data.identity import digest
 from vitedge.data.loading import load
 from vitedge.data.locate import find
 from vitedge.data.records import Dataset, Images, Source, Split
 
-__all__ = ["Dataset", "Images", "Source", "Split", "digest", "find", "load"]
+__all__ = ["Dataset", "Images", "Source", "Split", "digest", "fill", "find", "load", "wants_data"]

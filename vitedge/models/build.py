@@ -132,7 +132,7 @@ def build(
         InputError: Weights of another model; names the tensors.
         UnavailableError: `pretrained` has to be downloaded and cannot be.
     """
-    model = create(spec.arch, spec.img_size, spec.patch_size, num_classes, drop_path, patch_drop, spec.stem, spec.options)
+    model = create(spec.arch, spec.side, spec.patch_size, num_classes, drop_path, patch_drop, spec.stem, spec.options)
     if source.kind == "none":
         return model, []
     if source.path:

@@ -21,7 +21,7 @@ from torch import nn
 from vitedge import plugins
 from vitedge.artifact import digest_of, write_json
 from vitedge.compress import Compressed, Context
-from vitedge.data import Dataset
+from vitedge.data import Dataset, Split
 from vitedge.errors import InputError, UsageError
 from vitedge.models.build import CheckpointMeta, build, load_checkpoint, read_meta, save_checkpoint
 from vitedge.models.weights import WeightsSource
@@ -210,21 +210,19 @@ class _Steps:
         self.model.float().cpu()
         if self.processes.is_main:
             save_checkpoint(job.path, self.model, self.meta)
-        if self.trains and job.dataset is not None:
-            notes["test"] = self.test(job.dataset)
         if self.watcher is not None:
             self.watcher.draw()
             self.watcher.close()
+        if self.trains and job.dataset is not None and job.dataset.test is not None:
+            notes["test"] = self.test(job.dataset.test)
         if self.processes.is_main:
             shutil.rmtree(job.work, ignore_errors=True)
         return notes
 
-    def test(self, dataset: Dataset) -> dict[str, Any]:
-        """Top-1 of each head on the whole test split, in percent."""
+    def test(self, split: Split) -> dict[str, Any]:
+        """Top-1 of each head on the whole test split, in percent, in float32."""
         model = self.model.to(self.processes.device)
-        batches = Batches(
-            dataset.test.images, dataset.test.labels, self.job.recipe.contract(), self.processes.device, self.meta.num_classes
-        )
+        batches = Batches(split.images, split.labels, self.job.recipe.contract(), self.processes.device, self.meta.num_classes)
         found = validate(model, batches, "fp32", self.processes)
         model.cpu()
         return {**{name: round(value, 4) for name, value in found.items()}, "images": len(batches)}
@@ -235,7 +233,7 @@ def _meta(job: CheckpointJob) -> CheckpointMeta:
     spec, contract = job.recipe.model, job.recipe.contract()
     header = read_meta(job.source.path) if job.source.kind == "builtin" and job.source.path else None
     if header is not None:
-        asked = (spec.arch, spec.img_size, spec.patch_size)
+        asked = (spec.arch, spec.side, spec.patch_size)
         found = (header.arch, header.img_size, header.patch_size)
         if asked != found:
             raise UsageError(
@@ -257,9 +255,7 @@ def _meta(job: CheckpointJob) -> CheckpointMeta:
         labels = header.labels
     else:
         raise UsageError("data", expected="a data set, to know the classes", found="none", fix="give --data, or set VITEDGE_DATA")
-    return CheckpointMeta(
-        spec.arch, spec.img_size, spec.patch_size, len(labels), contract.to_json(), tuple(labels), spec.stem, spec.options
-    )
+    return CheckpointMeta(spec.arch, spec.side, spec.patch_size, len(labels), contract.to_json(), tuple(labels), spec.stem, spec.options)
 
 
 def _watch(watcher: Watcher, stage: int, label: str, step: int) -> Log:

@@ -1,0 +1,119 @@
+"""A recipe's steps through the command line: a teacher, a student it distils into, and what lies in the build folder then."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tests.recipes_for_tests import write_recipe
+from vitedge.artifact import Manifest
+from vitedge.cli.main import run
+from vitedge.models.build import load_checkpoint
+from vitedge.models.heads import head_logits
+from vitedge.train.watch import read_metrics
+
+TRAIN = {"batch_size": 16, "lr": 2e-3, "precision": "fp32", "shift": 1, "views": 2, "checkpoint_every": 2}
+TEACHER = {"arch": "resnet18", "img_size": 16, "stem": "small", "options": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}}
+STUDENT = {"arch": "deit_tiny_distilled_patch16_224", "img_size": None, "patch_size": 4}
+STUDENT["options"] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+OWN = {"mean": None, "std": None}
+DISTILL = {"distill": {"teacher": "teacher", "kind": "soft", "weight": 0.5, "cache": True}}
+
+
+def recipe_named(folder: Path, name: str, data: Path, model: dict[str, Any], steps: list[Any]) -> Path:
+    path = write_recipe(folder, data, model={**model, "weights": "none"}, steps=steps, preprocess=OWN, quantize={})
+    return path.rename(folder / f"{name}.yaml")
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Path:
+    """A folder of build folders with a teacher and a student, and their recipes beside."""
+    folder = tmp_path_factory.mktemp("builds")
+    teacher = recipe_named(folder, "teacher", colours, TEACHER, [{"train": {**TRAIN, "steps": 30, "optimizer": "sgd", "lr": 0.05}}])
+    assert run(["train", "--recipe", str(teacher), "-o", str(folder / "teacher")]) == 0
+    steps = [DISTILL, {"train": {**TRAIN, "steps": 24, "patch_drop": 0.5, "ema": 0.8}}, {"train": {**TRAIN, "steps": 10, "drop_path": 0.1}}]
+    student = recipe_named(folder, "student", colours, STUDENT, steps)
+    assert run(["train", "--recipe", str(student), "-o", str(folder / "student")]) == 0
+    return folder
+
+
+def test_both_heads_and_their_average_are_reported(builds: Path) -> None:
+    notes = Manifest.load(builds / "student").artifacts["checkpoint.safetensors"].notes
+    assert notes["test"]["images"] == 36 and notes["test"]["top1"] > 80.0
+    assert {"top1", "top1_class", "top1_distill", "loss"} <= set(notes["test"])
+    distil, first, second = (next(iter(step.values())) for step in notes["steps"])
+    assert distil["teacher"]["arch"] == "resnet18" and first["steps"] == 24 and second["steps"] == 10
+    assert "top1_distill" in second["history"][-1]
+
+
+def test_the_folder_holds_metrics_and_curves(builds: Path) -> None:
+    lines = read_metrics(builds / "student" / "metrics.jsonl")
+    assert {line["stage"] for line in lines} == {0, 1}
+    assert [line["step"] for line in lines if line["stage"] == 0 and "loss" in line] == [10, 20, 24]
+    assert all({"seconds", "lr", "images_per_s", "data_share"} <= set(line) for line in lines if "loss" in line)
+    with Image.open(builds / "student" / "curves.png") as picture:
+        assert picture.width > 300
+    assert not (builds / "student" / ".work").exists()
+
+
+def test_size_and_figures_came_from_the_data(builds: Path) -> None:
+    resolved = yaml.safe_load((builds / "student" / "recipe.yaml").read_text())
+    assert resolved["model"]["img_size"] == 16 and all(0 < value < 1 for value in resolved["preprocess"]["mean"])
+
+
+def test_the_export_answers_with_the_average_of_both_heads(builds: Path) -> None:
+    import onnxruntime
+
+    assert run(["export", "--recipe", str(builds / "student.yaml"), "-o", str(builds / "student")]) == 0
+    manifest = Manifest.load(builds / "student")
+    model, _ = load_checkpoint(manifest.artifacts["checkpoint.safetensors"].path)
+    x_BCHW = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)
+    with torch.inference_mode():
+        heads = {name: logits.numpy() for name, logits in head_logits(model, torch.from_numpy(x_BCHW)).items()}
+    found = onnxruntime.InferenceSession(manifest.artifacts["model.fp32.onnx"].path).run(None, {"pixels": x_BCHW})[0]
+    assert np.abs(found - (heads["class"] + heads["distill"]) / 2).max() < 1e-4
+    assert np.abs(heads["class"] - heads["distill"]).max() > 0.01
+
+
+def test_a_second_training_is_reused(builds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--recipe", str(builds / "student.yaml"), "-o", str(builds / "student"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["action"] == "reuse"
+
+
+def test_another_teacher_is_another_student(builds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "teacher").mkdir()
+    first = (builds / "teacher" / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "teacher" / "checkpoint.safetensors").write_bytes(first)
+    assert run(["train", "--recipe", str(builds / "student.yaml"), "-o", str(tmp_path / "student"), "--dry-run", "--json"]) == 0
+    (tmp_path / "teacher" / "checkpoint.safetensors").unlink()
+    capsys.readouterr()
+    assert run(["train", "--recipe", str(builds / "student.yaml"), "-o", str(tmp_path / "student")]) == 2
+    assert "vitedge train --recipe" in capsys.readouterr().err
+
+
+def test_killed_in_its_second_step_it_ends_with_the_same_weights(builds: Path, tmp_path: Path, colours: Path) -> None:
+    (tmp_path / "teacher").symlink_to(builds / "teacher")
+    command = ["train", "--recipe", str(builds / "student.yaml"), "-o", str(tmp_path / "student")]
+    running = subprocess.Popen([sys.executable, "-m", "vitedge", *command], stderr=subprocess.DEVNULL)
+    state, deadline = tmp_path / "student" / ".work" / "step2" / "train.state.pt", time.monotonic() + 120
+    while not state.exists() and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "student" / "checkpoint.safetensors").exists(), "it was too quick to be killed"
+    assert run(command) == 0
+    expected, found = (load_file(folder / "student" / "checkpoint.safetensors") for folder in (builds, tmp_path))
+    assert all(np.array_equal(found[name], tensor) for name, tensor in expected.items())
+    steps = [line["step"] for line in read_metrics(tmp_path / "student" / "metrics.jsonl") if line["stage"] == 1 and "loss" in line]
+    assert steps == sorted(set(steps))
