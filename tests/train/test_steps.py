@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 
+from tests.data.made import cifar100_members, tar_of, write_images
 from tests.recipes_for_tests import write_recipe
 from vitedge.artifact import Manifest
 from vitedge.cli.main import run
@@ -89,6 +90,29 @@ def test_the_export_answers_with_the_average_of_both_heads(builds: Path) -> None
 def test_a_second_training_is_reused(builds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "--recipe", str(builds / "student.yaml"), "-o", str(builds / "student"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["stages"][0]["action"] == "reuse"
+
+
+@pytest.mark.parametrize("data", ["photographs", "cifar100"])
+def test_other_data_train_by_the_same_command(
+    tmp_path: Path, colours: Path, data: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only `data` changes: classes, mean, deviation and the images' own sizes are found, the validation part is made."""
+    if data == "cifar100":
+        (tmp_path / "data").mkdir()
+        tar_of(tmp_path / "data" / "cifar-100-binary.tar.gz", cifar100_members()[0])
+        monkeypatch.setenv("VITEDGE_DATA", str(tmp_path / "data"))
+        classes, option = 100, "cifar100"
+    else:
+        sizes = ((20, 31), (9, 9), (40, 18))
+        write_images(tmp_path / data, {"train/cat": 20, "train/dog": 20, "test/cat": 4, "test/dog": 4}, sizes)
+        classes, option = 2, str(tmp_path / data)
+    steps = [{"train": {**TRAIN, "views": 0, "steps": 3, "randaugment": 1, "erase": 0.5, "cutmix": 1.0}}]
+    recipe = recipe_named(tmp_path, "any", colours, {**TEACHER, "img_size": 16}, steps)
+    assert run(["train", "--recipe", str(recipe), "-o", str(tmp_path / "out"), "--data", option, "--json"]) == 0
+    checkpoint = json.loads(capsys.readouterr().out)["checkpoint"]
+    assert len(checkpoint["labels"]) == classes and checkpoint["notes"]["test"]["images"] == (100 if classes == 100 else 8)
+    contract = json.loads(checkpoint["preprocessing"])
+    assert contract["size"] == 16 and contract["mean"] != [0.485, 0.456, 0.406]
 
 
 def test_another_teacher_is_another_student(builds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
