@@ -31,8 +31,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# vitedge's int8 against the libraries' plain documented calls, side by side; nothing else may run on the machine.
+# vitedge's int8 against the libraries' plain documented calls, and its training loop against a plain one, side by side; nothing else may
+# run on the machine.
 bench: $(STAMP)
+	$(BIN)/python benchmarks/compare_training.py
 	$(BIN)/python benchmarks/compare_int8.py
 
 clean:
