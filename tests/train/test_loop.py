@@ -188,15 +188,16 @@ def test_the_moving_average_is_what_is_judged_and_kept(tmp_path: Path) -> None:
 
 
 def test_accumulated_parts_are_one_batch(tmp_path: Path) -> None:
+    # With SGD, for AdamW's first steps turn a rounding error of a tiny gradient into a whole step.
     models = []
     for parts in (1, 3):
         model = tiny_vit(drop_path=0.0)
         model.patch_drop = nn.Identity()
-        config = TrainConfig(steps=3, batch_size=20, lr=1e-3, precision="fp32", accumulate=parts, randaugment=1)
+        config = TrainConfig(steps=3, batch_size=20, optimizer="sgd", lr=0.05, precision="fp32", accumulate=parts, randaugment=1)
         train(model, job(tmp_path / str(parts), config))
         models.append(model.state_dict())
     for name, tensor in models[0].items():
-        assert torch.allclose(tensor, models[1][name], atol=2e-5), name
+        assert torch.allclose(tensor, models[1][name], atol=1e-5), name
 
 
 def test_patience_ends_a_run_that_stopped_improving(tmp_path: Path) -> None:
