@@ -34,7 +34,8 @@ from torchvision.transforms import v2
 from vitedge import data as datasets
 from vitedge.models.build import create
 from vitedge.recipe import TrainConfig, load_recipe
-from vitedge.train.loop import Run, TrainJob
+from vitedge.train.job import TrainJob
+from vitedge.train.loop import Run
 from vitedge.train.processes import Processes
 from vitedge.train.stopping import Stop
 
@@ -140,13 +141,13 @@ def main(size: int, rounds: int, steps: int, batch_size: int, output: Path | Non
         )
         for take in loops.values():
             take(6)  # compilation, caches, the workers' start
-        run.waited = compiled_run.waited = 0.0
+        run.clock.seconds(), compiled_run.clock.seconds()
         seconds: dict[str, list[float]] = {name: [] for name in loops}
         for _ in range(rounds):
             for name, take in loops.items():
                 seconds[name].append(take(steps))
     report = _figures(seconds, steps * batch_size)
-    waits = {"vitedge": run.waited, "vitedge, compile: true": compiled_run.waited}
+    waits = {"vitedge": run.clock.seconds(), "vitedge, compile: true": compiled_run.clock.seconds()}
     report["conditions"] = {
         "model": MODEL, "size": size, "batch_size": batch_size, "rounds": rounds, "steps_per_round": steps, "precision": "bf16 autocast",
         "device": device, "threads": torch.get_num_threads(), "machine": platform.machine(), "data": data.label,

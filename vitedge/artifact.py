@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -107,11 +108,20 @@ def writing(path: Path) -> Iterator[Path]:
         try:
             temporary = holder / path.name
             yield temporary
+            for written in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+                if written.is_file():
+                    _onto_the_disk(written)
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)
             temporary.replace(path)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
+
+
+def _onto_the_disk(path: Path) -> None:
+    """Without this a power failure can leave an empty file under a final name."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

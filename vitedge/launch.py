@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 
+# Set by `vitedge train --processes`, whose own process then reports failures to programs.
+LAUNCHED = "VITEDGE_LAUNCHED"
+
 
 def rank() -> int:
     """Number of this process, from 0."""
@@ -16,6 +19,11 @@ def rank() -> int:
 def local_world_size() -> int:
     """Processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def reports_failures() -> bool:
+    """Whether this process writes its error to stdout under `--json`: one of a run does."""
+    return is_main() and LAUNCHED not in os.environ
 
 
 def is_main() -> bool:

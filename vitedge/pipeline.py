@@ -34,6 +34,7 @@ from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds
 # Raised when a stage's output changes though its inputs do not.
 STAGE_VERSIONS = {"checkpoint": 2, "export": 1, "quantize": 1}
 WORK = ".work"
+TRAINING_FILES = ("checkpoint.last.safetensors", "metrics.jsonl", "curves.png")
 Bar = Callable[[str], Progress]
 
 
@@ -179,8 +180,10 @@ class Pipeline:
             for artifact in self.manifest.artifacts.values():
                 for path in artifact.files:
                     path.unlink(missing_ok=True)
-            (self.root / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(self.root / WORK, ignore_errors=True)
+            for name in (MANIFEST, *TRAINING_FILES):
+                (self.root / name).unlink(missing_ok=True)
+            for name in (WORK, "tensorboard"):
+                shutil.rmtree(self.root / name, ignore_errors=True)
         self.manifest = Manifest(self.root)
 
     def _plan(self, stage: str, inputs: dict[str, Any], outputs: list[str], after: str | None) -> StagePlan:
@@ -247,7 +250,7 @@ class Pipeline:
         return self._run_quantize(plan.name.removeprefix("quantize "), bar)
 
     def _run_checkpoint(self, plan: StagePlan, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
-        require_torch("vitedge export")
+        require_torch("a checkpoint")
         import torch
 
         from vitedge.train.steps import CheckpointJob, make_checkpoint
@@ -255,7 +258,8 @@ class Pipeline:
         torch.set_num_threads(max(1, probe_host().usable_cores // launch.local_world_size()))
         path = self.root / "checkpoint.safetensors"
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
-        key = digest_of(plan.inputs)
+        # The steps are part of the key of each step's own state, as far as it goes.
+        key = digest_of({name: value for name, value in plan.inputs.items() if name != "steps"})
         job = CheckpointJob(
             self.recipe, self.weights, self.dataset, self._data_digest, path, self.root / WORK, key, torch_device, bar, self.tensorboard
         )
@@ -335,5 +339,5 @@ def require_torch(command: str) -> None:
     """
     from importlib.util import find_spec
 
-    if not all(find_spec(name) for name in ("torch", "timm", "safetensors", "onnxscript")):
+    if not all(find_spec(name) for name in ("torch", "torchvision", "timm", "accelerate", "safetensors", "onnxscript")):
         raise extra_missing(command, "torch")

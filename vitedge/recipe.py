@@ -92,8 +92,13 @@ class TrainConfig(Section):
     epochs: float = Field(3, gt=0, description="passes over the training images; may be fractional")
     steps: int | None = Field(None, ge=1, description="optimizer steps; wins over epochs")
     batch_size: int = Field(64, ge=1, description="images of one optimizer step, over all processes")
-    accumulate: int = Field(1, ge=1, description="parts a process takes its share of a batch in, to spare memory")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: with Nesterov momentum 0.9, which suits convolutional teachers")
+    accumulate: int = Field(
+        1, ge=1, description="parts a process takes its share of a batch in, to spare memory; batch norms see a part at a time"
+    )
+    optimizer: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw",
+        description="sgd: Nesterov momentum 0.9; muon: orthogonalized momentum for matrices, AdamW for the rest, with AdamW's rates",
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(0.05, ge=0, description="not applied to norms, biases and embeddings")
@@ -102,7 +107,9 @@ class TrainConfig(Section):
     clip_grad: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the moving average of weights, which is what is evaluated and kept")
     flip: bool = Field(True, description="random horizontal flips")
-    shift: int = Field(4, ge=0, description="random shifts of up to this many pixels of the stored image")
+    shift: int = Field(
+        4, ge=0, description="random shifts of up to so many pixels, of the stored image where all are square and of one size"
+    )
     randaugment: int = Field(0, ge=0, le=8, description="operations of RandAugment per image; 0 for none")
     randaugment_magnitude: int = Field(9, ge=0, le=30, description="strength of those operations, of 30")
     erase: float = Field(0.0, ge=0, le=1, description="probability of erasing a random rectangle of an image")
@@ -164,7 +171,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="of everything random in training")
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     preprocess: PreprocessSpec = PreprocessSpec()

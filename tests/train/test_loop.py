@@ -15,11 +15,12 @@ from torch import nn
 
 from vitedge.compress import Batch
 from vitedge.data import Split
-from vitedge.errors import UnavailableError, VitedgeError
+from vitedge.errors import UnavailableError, UsageError, VitedgeError
 from vitedge.models.build import create
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import TrainConfig
-from vitedge.train.loop import Run, TrainJob, total_steps, train
+from vitedge.train.job import TrainJob, total_steps
+from vitedge.train.loop import Run, train
 from vitedge.train.optim import build_optimizer, learning_rate, set_learning_rate
 from vitedge.train.processes import Processes
 from vitedge.train.stopping import Stop
@@ -61,13 +62,29 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
 EVERYTHING = {"ema": 0.9, "accumulate": 2, "randaugment": 2, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "layer_decay": 0.8}
 
 
-@pytest.mark.parametrize("more", [{"precision": "fp32"}, {"precision": "bf16"}, {"precision": "bf16", **EVERYTHING}, {"views": 2}])
+def tiny_convnet() -> nn.Module:
+    torch.manual_seed(0)
+    return create("resnet18", 8, None, 3, stem="small", options={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"precision": "fp32"},
+        {"precision": "bf16"},
+        {"precision": "bf16", **EVERYTHING},
+        {"views": 2},
+        {"optimizer": "muon"},
+        {"optimizer": "sgd"},
+    ],
+)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, more: dict[str, Any]) -> None:
+    build = tiny_convnet if more.get("optimizer") == "sgd" else tiny_vit
     config = TrainConfig(steps=9, batch_size=16, lr=1e-3, shift=1, checkpoint_every=2, evaluate_every=3, **more)
-    whole = tiny_vit()
+    whole = build()
     train(whole, job(tmp_path / "whole", config))
 
-    interrupted = tiny_vit()
+    interrupted = build()
     run_folder = tmp_path / "interrupted"
     stopping = job(run_folder, config)
     run = Run(interrupted, stopping, Stop(), ThreadPoolExecutor(1))
@@ -79,7 +96,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, more: dict[str, A
         if run.step % config.checkpoint_every == 0:
             run.save()
     # Killed here: steps after the last checkpoint (4) are lost, and taken again.
-    again = tiny_vit()
+    again = build()
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.add_(1.0)
@@ -104,30 +121,52 @@ def test_a_half_written_state_is_not_resumed(tmp_path: Path) -> None:
     train(first, job(tmp_path, config))
     state = tmp_path / "train.state.pt"
     state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-    second = tiny_vit()
-    train(second, job(tmp_path, config))
+    second, told = tiny_vit(), []
+    train(second, job(tmp_path, config, progress=lambda done, total, text="": told.append(text)))
+    assert "damaged" in told[0]
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 
 def test_a_state_of_another_run_is_not_resumed(tmp_path: Path) -> None:
     config = TrainConfig(steps=4, batch_size=16, precision="fp32", checkpoint_every=2)
     train(tiny_vit(), job(tmp_path, config, key="first"))
-    seen: list[float] = []
-    train(tiny_vit(), job(tmp_path, config, key="second", progress=lambda done, total, text="": seen.append(done)))
-    notes = train(tiny_vit(), job(tmp_path / "fresh", config, key="second")).notes
-    assert seen == [0, 4] and notes["steps"] == 4
+    told: list[str] = []
+    train(tiny_vit(), job(tmp_path, config, key="second", progress=lambda done, total, text="": told.append(text)))
+    assert told[0] == "starts anew: the saved state was of other inputs, and is now train.state.pt.old"
+    assert torch.load(tmp_path / "train.state.pt.old", weights_only=True)["key"] == "first"
+    train(tiny_vit(), job(tmp_path, config, key="second", progress=lambda done, total, text="": told.append(text)))
+    assert "resumed at step 4" in told
 
 
-def test_ctrl_c_saves_the_step_it_was_in(tmp_path: Path) -> None:
-    config = TrainConfig(steps=20, batch_size=16, precision="fp32", checkpoint_every=1000)
+def test_an_interrupt_in_the_midst_saves_nothing_half_done(tmp_path: Path) -> None:
+    """A second Ctrl-C is raised anywhere, here after a step was counted and before it was evaluated: the last checkpoint stays."""
+    config = TrainConfig(steps=12, batch_size=16, precision="fp32", checkpoint_every=4, evaluate_every=5)
 
     def interrupt(done: float, total: float, text: str = "") -> None:
         if done == 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(tiny_vit(), job(tmp_path, config, progress=interrupt))
-    assert torch.load(tmp_path / "train.state.pt", weights_only=True)["step"] == 10
+        train(tiny_vit(), job(tmp_path / "stopped", config, progress=interrupt))
+    assert torch.load(tmp_path / "stopped" / "train.state.pt", weights_only=True)["step"] == 8
+    again, whole = tiny_vit(), tiny_vit()
+    resumed = train(again, job(tmp_path / "stopped", config)).notes["history"]
+    expected = train(whole, job(tmp_path / "whole", config)).notes["history"]
+    assert [point["top1"] for point in resumed] == [point["top1"] for point in expected]
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
+def test_a_second_signal_is_an_echo_or_an_impatient_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("vitedge.train.stopping.time.monotonic", lambda: now[0])
+    stop = Stop()
+    stop(signal.SIGTERM, None)
+    now[0] += 0.5
+    stop(signal.SIGTERM, None)
+    assert stop.asked
+    now[0] += 10
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
 
 
 def test_gradients_reach_every_parameter() -> None:
@@ -150,6 +189,43 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
         train(tiny_vit(), job(tmp_path, TrainConfig(steps=1, precision="fp16")))
 
 
+def test_nothing_to_validate_on_is_said_before_training(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected images to validate on, found none beside 60"):
+        train(tiny_vit(), job(tmp_path, TrainConfig(steps=1), validation=coloured_split(0, 1)))
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitedge.train.loop.shutil.which", lambda name: None)
+    with pytest.raises(UnavailableError, match=r"set train.compile: false"):
+        train(tiny_vit(), job(tmp_path, TrainConfig(steps=1, compile=True)))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    config = TrainConfig(steps=8, batch_size=16, lr=1e-3, compile=True, checkpoint_every=3, patch_drop=0.5, evaluate_every=4)
+    whole, again = tiny_vit(), tiny_vit()
+    train(whole, job(tmp_path / "whole", config))
+    short = Run(tiny_vit(), job(tmp_path / "again", config), Stop(), ThreadPoolExecutor(1))
+    for _ in range(5):
+        short.take_step()
+        short.step += 1
+        if short.step == 3:
+            short.save()
+    train(again, job(tmp_path / "again", config))
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_scaler_resumes_too(tmp_path: Path) -> None:
+    config = TrainConfig(steps=6, batch_size=16, lr=1e-3, precision="fp16", checkpoint_every=3)
+    cuda = Processes("cuda")
+    train(tiny_vit(), job(tmp_path, config, processes=cuda))
+    state = torch.load(tmp_path / "train.state.pt", weights_only=True)
+    run = Run(tiny_vit(), job(tmp_path, config, processes=cuda), Stop(), ThreadPoolExecutor(1))
+    run.resume()
+    assert run.step == 6 and run.scaler.state_dict() == state["scaler"] and state["scaler"]["scale"] > 0
+
+
 def test_norms_biases_and_embeddings_are_not_decayed() -> None:
     model = tiny_vit()
     groups = build_optimizer(model, TrainConfig(weight_decay=0.05)).param_groups
@@ -157,6 +233,23 @@ def test_norms_biases_and_embeddings_are_not_decayed() -> None:
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim < 2 or name in ("pos_embed", "cls_token")
         assert (id(parameter) in undecayed) == exempt, name
+
+
+def test_muon_moves_matrices_by_an_orthogonal_step_and_the_classifier_as_adamw() -> None:
+    """One step against the definition: every singular value of the update is about 0.2 sqrt(max(out, in)) times the rate."""
+    model = tiny_vit(drop_path=0.0)
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.0, lr=0.01))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    weight = moved["blocks.0.mlp.fc1.weight"]
+    values = torch.linalg.svdvals(weight.double()) / (0.01 * 0.2 * max(weight.shape) ** 0.5)
+    assert values.min() > 0.6 and values.max() < 1.3
+    # The first step of AdamW with Nesterov momentum: the rate, whatever the gradient, times 1 + beta1.
+    assert torch.allclose(moved["head.weight"].abs(), torch.full_like(moved["head.weight"], 0.019), rtol=1e-3)
 
 
 def test_layers_learn_slower_the_earlier_they_are() -> None:

@@ -22,8 +22,8 @@ from tests.recipes_for_tests import write_recipe
 from vitedge.train.watch import read_metrics
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CI": "1"}
-# 96 train and 24 validation images: with 36 a batch, three processes have 12 each; with accumulate, 36 = 2 x 18 = 4 x 9.
-TRAIN = {"steps": 12, "batch_size": 36, "lr": 1e-3, "precision": "fp32", "shift": 1, "checkpoint_every": 4, "evaluate_every": 4}
+# 99 train, 21 validation and 36 test images, 35 a batch: no share of anything is as large as the others.
+TRAIN = {"steps": 12, "batch_size": 35, "lr": 1e-3, "precision": "fp32", "shift": 1, "checkpoint_every": 4, "evaluate_every": 4}
 
 
 def command(recipe: Path, out: Path, *more: str) -> list[str]:
@@ -37,7 +37,7 @@ def vitedge(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Compl
 
 def recipe_of(folder: Path, data: Path, **train: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    return write_recipe(folder, data, steps=[{"train": {**TRAIN, **train}}], quantize={})
+    return write_recipe(folder, data, 0.175, steps=[{"train": {**TRAIN, **train}}], quantize={})
 
 
 def curve(out: Path) -> list[float]:
@@ -57,12 +57,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> tuple[Path
 @pytest.mark.parametrize(
     "launcher", [(), ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")], ids=["--processes", "torchrun"]
 )
-def test_two_processes_train_what_one_trains(alone: tuple[Path, Path, dict[str, Any]], tmp_path: Path, launcher: tuple[str, ...]) -> None:
+def test_many_processes_train_what_one_trains(alone: tuple[Path, Path, dict[str, Any]], tmp_path: Path, launcher: tuple[str, ...]) -> None:
     recipe, expected, notes = alone
-    done = vitedge(*command(recipe, tmp_path / "out", *(() if launcher else ("--processes", "2"))), launcher=launcher)
+    count = 2 if launcher else 3
+    done = vitedge(*command(recipe, tmp_path / "out", *(() if launcher else ("--processes", "3"))), launcher=launcher)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["checkpoint"]["notes"]
-    assert found["steps"][0]["train"]["processes"] == 2
+    assert found["steps"][0]["train"]["processes"] == count and found["steps"][0]["train"]["validation_images"] == 21
     assert curve(tmp_path / "out") == pytest.approx(curve(expected), rel=1e-4)
     weights, wanted = load_file(tmp_path / "out" / "checkpoint.safetensors"), load_file(expected / "checkpoint.safetensors")
     assert set(weights) == set(wanted)
@@ -73,10 +74,23 @@ def test_two_processes_train_what_one_trains(alone: tuple[Path, Path, dict[str, 
     assert found["test"]["images"] == 36 and found["test"]["top1"] == pytest.approx(notes["test"]["top1"], abs=100 / 36 + 0.01)
 
 
+def test_two_steps_in_parts_over_two_processes(tmp_path: Path, colours: Path) -> None:
+    """Accumulated parts, and a second `train` step that starts from the first one's best weights, in every process."""
+    steps = [{"train": {**TRAIN, "accumulate": 2}}, {"train": {**TRAIN, "steps": 4, "accumulate": 2}}]
+    recipe = write_recipe(tmp_path, colours, 0.175, steps=steps, quantize={})
+    found = []
+    for name, more in (("one", ()), ("two", ("--processes", "2", "--seed", "0"))):
+        done = vitedge(*command(recipe, tmp_path / name, *more))
+        assert done.returncode == 0, done.stderr
+        found.append(load_file(tmp_path / name / "checkpoint.safetensors"))
+    for name, tensor in found[0].items():
+        assert abs(found[1][name] - tensor).max() < 3e-4, name
+
+
 def test_a_killed_process_ends_the_run_and_the_checkpoint_is_good(
     alone: tuple[Path, Path, dict[str, Any]], tmp_path: Path, colours: Path
 ) -> None:
-    recipe, out = recipe_of(tmp_path, colours, steps=100_000, checkpoint_every=5, evaluate_every=1000), tmp_path / "out"
+    recipe, out = recipe_of(tmp_path, colours, steps=600, checkpoint_every=5, evaluate_every=600), tmp_path / "out"
     start = [sys.executable, "-m", "vitedge", "train", "--recipe", str(recipe), "-o", str(out), "--processes", "2"]
     running = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     state = out / ".work" / "step0" / "train.state.pt"
@@ -94,9 +108,11 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_is_good(
     import torch
 
     step = torch.load(state, weights_only=True)["step"]
-    assert step >= 5
-    # It is used: a run of the same key goes on from it, to its end.
-    assert not list(out.glob("*.part")) and not (out / "checkpoint.safetensors").exists()
+    assert 5 <= step < 600 and not (out / "checkpoint.safetensors").exists()
+    again = vitedge(*command(recipe, out))
+    assert again.returncode == 0 and f"resumed at step {step}" in again.stderr, again.stderr
+    steps = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "lr" in line]
+    assert steps == list(range(10, 601, 10))
 
 
 def test_sigterm_stops_all_processes_with_a_state_saved(tmp_path: Path, colours: Path) -> None:
@@ -116,4 +132,5 @@ def test_sigterm_stops_all_processes_with_a_state_saved(tmp_path: Path, colours:
 def test_more_processes_than_images_in_a_batch_is_refused(tmp_path: Path, colours: Path) -> None:
     done = vitedge(*command(recipe_of(tmp_path, colours, batch_size=1), tmp_path / "out", "--processes", "2"))
     assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["exit_code"] == 2
     assert "expected an image for each of 2 processes" in done.stderr and "Traceback" not in done.stderr

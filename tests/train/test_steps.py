@@ -115,6 +115,13 @@ def test_other_data_train_by_the_same_command(
     assert contract["size"] == 16 and contract["mean"] != [0.485, 0.456, 0.406]
 
 
+def test_a_technique_that_nothing_follows_is_refused(builds: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [{"train": {**TRAIN, "steps": 2}}, {"distill": {"teacher": "teacher"}}]
+    recipe = recipe_named(builds, "late", colours, STUDENT, steps)
+    assert run(["train", "--recipe", str(recipe), "-o", str(builds / "late")]) == 2
+    assert "steps.1: expected a `train` step after `distill`" in capsys.readouterr().err
+
+
 def test_another_teacher_is_another_student(builds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "teacher").mkdir()
     first = (builds / "teacher" / "checkpoint.safetensors").read_bytes()

@@ -87,14 +87,15 @@ def only_builder(root: Path) -> Iterator[None]:
 
 def build(pipeline: Pipeline, dry_run: bool, overwrite: bool, only: str | None = None) -> tuple[list[StagePlan], Manifest | None]:
     """Show the plan and, unless this is a dry run, carry it out; the manifest is None for a dry run."""
+    if not launch.is_main():  # process 0 holds the folder, says what is done, and writes
+        if overwrite:
+            pipeline.clear()
+        plans = pipeline.plan(only)
+        return plans, None if dry_run else pipeline.run(plans)
     if dry_run:
         plans = pipeline.plan(only)
         show_plan(plans)
         return plans, None
-    if not launch.is_main():  # process 0 holds the folder, says what is done, and writes
-        if overwrite:
-            pipeline.clear()
-        return [], pipeline.run(pipeline.plan(only))
     with only_builder(pipeline.root):
         if overwrite:
             pipeline.clear()

@@ -24,7 +24,7 @@ weights_option = click.option(
     metavar="NAME|PATH",
     help="Weights: builtin, pretrained, none, a file or a folder; wins over the recipe and VITEDGE_WEIGHTS.",
 )
-seed_option = click.option("--seed", type=int, help="Seed; wins over the recipe's.")
+seed_option = click.option("--seed", type=click.IntRange(0), help="Seed; wins over the recipe's.")
 
 
 def device_option(default: str = "cpu") -> Callable[[Any], Any]:

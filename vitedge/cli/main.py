@@ -113,9 +113,11 @@ def run(args: list[str]) -> int:
 
 def _report(code: int, text: str, args: list[str]) -> int:
     """Print an error for people on stderr and, under --json, for programs on stdout."""
+    from vitedge import launch
+
     for line in text.splitlines():
         click.echo(f"error: {line}", err=True)
-    if "--json" in args:
+    if "--json" in args and launch.reports_failures():
         import json
 
         click.echo(json.dumps({"schema_version": 1, "error": {"exit_code": code, "message": text}}))

@@ -39,9 +39,10 @@ def command(
 ) -> int:
     """Train a recipe's model and write the checkpoint that `export` reuses.
 
-    Trains on a GPU if torch finds one, else on the CPU. Stopped (Ctrl-C, SIGTERM, kill -9), the same
-    command goes on from the last checkpoint. The validation split chooses the weights; the test split
-    is looked at once, at the end. Metrics go to metrics.jsonl, their curves to curves.png.
+    Trains on a GPU if torch finds one (CUDA_VISIBLE_DEVICES= hides it), else on the CPU; --device is
+    the target that files are built for. Stopped (Ctrl-C, SIGTERM, kill -9), the same command without
+    --overwrite goes on from the last checkpoint. The validation split chooses the weights; the test
+    split is looked at once, at the end. Metrics go to metrics.jsonl, their curves to curves.png.
 
     \b
     vitedge train --recipe deit_tiny_112_int8
@@ -50,13 +51,18 @@ def command(
     accelerate launch -m vitedge train --recipe deit_tiny_112_int8
     """
     from vitedge import launch
+    from vitedge.pipeline import require_torch
 
     pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite, tensorboard)
     if processes > 1 and not dry_run:
-        pipeline.plan("checkpoint")  # what is wrong is said here, once
+        if pipeline.plan("checkpoint")[0].action == "run":  # what is wrong is said here, once
+            require_torch("vitedge train")
         from vitedge.train.launcher import start
 
-        return start(processes, _arguments(click.get_current_context()))
+        code = start(processes, _arguments(click.get_current_context()))
+        if code and as_json:
+            emit_json({"schema_version": 1, "error": {"exit_code": code, "message": "a process failed; stderr says why"}})
+        return code
     plans, manifest = build(pipeline, dry_run, overwrite, only="checkpoint")
     if not launch.is_main():
         return 0
@@ -65,6 +71,8 @@ def command(
     if as_json:
         emit_json({**plain, "checkpoint": checkpoint.to_plain(pipeline.root)} if checkpoint else plain)
     elif checkpoint is not None:
+        if tensorboard and plans[0].action == "reuse":
+            say("nothing was trained, so no TensorBoard files were written; metrics.jsonl has the figures")
         _tell(checkpoint)
         say(f"wrote {checkpoint.path}; next: vitedge export --recipe {recipe}")
     return 0
@@ -75,7 +83,7 @@ def _arguments(context: click.Context) -> list[str]:
     arguments = ["train"]
     for option in context.command.params:
         value = context.params.get(option.name or "")
-        if option.name == "processes" or value in (None, False):
+        if option.name == "processes" or value is None or value is False:
             continue
         arguments += [option.opts[0]] if value is True else [option.opts[0], str(value)]
     return arguments
@@ -87,7 +95,7 @@ def _tell(checkpoint: Artifact) -> None:
         for name, notes in step.items():
             if name != "train":
                 continue
-            speed = f"{notes['steps']} steps, {notes['seconds']} s, {notes['images_per_s']} img/s"
+            speed = f"{notes['steps']} steps of {notes['batch_size']}, {notes['seconds']} s, {notes['images_per_s']} img/s"
             say(f"  {name}: {speed}, validation top-1 {notes['validation_top1']} % of {notes['validation_images']}")
     test: dict[str, Any] = checkpoint.notes.get("test", {})
     heads = ", ".join(f"{name.removeprefix('top1_')} head {test[name]:.2f} %" for name in ("top1_class", "top1_distill") if name in test)

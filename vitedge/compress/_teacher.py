@@ -8,6 +8,7 @@ one size. Shapes: B batch, C channels or classes, H height, W width.
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitedge.compress._teacher_cache import open_cache
 from vitedge.errors import InputError
 from vitedge.models.build import CheckpointMeta, load_checkpoint
 from vitedge.preprocess import Preprocessing
+from vitedge.train.draws import AUGMENTATION_VERSION
 from vitedge.train.resize import normalize_batch
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,6 +78,7 @@ class CachedTeacher:
     def __init__(self, teacher: Teacher, context: Context) -> None:
         contract, pixels = context.contract.to_json(), [context.data_digest, context.augmentation, context.seed, context.views]
         computed = [teacher.sha256, context.precision, context.torch_device, torch.__version__]
+        pixels += [AUGMENTATION_VERSION, *(version(name) for name in ("torchvision", "timm", "numpy", "Pillow"))]
         self.teacher = teacher
         self.cache = open_cache(digest_of(computed, contract, pixels), (context.views, context.train_images, context.num_classes))
         self.notes = self.cache.notes

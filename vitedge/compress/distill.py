@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vitedge.compress import Compressed, Context
 from vitedge.errors import UsageError, closest
@@ -39,6 +39,12 @@ class Config(Section):
         "auto: the token where the model has one",
     )
     cache: bool = Field(False, description="keep the teacher's logits on disk for the next run; needs train.views")
+
+    @model_validator(mode="after")
+    def _temperature_is_soft(self) -> Config:
+        if self.kind == "hard" and "temperature" in self.model_fields_set and self.temperature != 3.0:
+            raise ValueError("no temperature beside kind: hard, which learns the class alone")
+        return self
 
     @property
     def share(self) -> float:

@@ -6,7 +6,6 @@ Random numbers need no state: each step seeds its own from (seed, step).
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,28 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a training state whole or not at all, and onto the disk before it gets its name."""
     content = io.BytesIO()
     torch.save(state, content)
-    with writing(path) as temporary, temporary.open("wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
-def load_state(path: Path, key: str) -> dict[str, Any] | None:
-    """The state of a run with this key, or None where there is none, it is of another run, or it is damaged.
+def load_state(path: Path, key: str) -> tuple[dict[str, Any] | None, str]:
+    """The state of a run with this key, or None; and what to tell people about it.
 
-    Starting anew is right in each of these cases: a state is only ever a way to save time.
+    A state that is damaged, or of another run (another recipe, data, version of torch), is moved aside as `<name>.old`.
+
+    Raises:
+        OSError: The file is there and cannot be read.
     """
     if not path.is_file():
-        return None
+        return None, ""
+    content = io.BytesIO(path.read_bytes())
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception:  # a file cut off by a power failure raises any of a dozen types
-        return None
-    return state if isinstance(state, dict) and state.get("key") == key else None
+        state = None
+    if isinstance(state, dict) and state.get("key") == key:
+        return state, f"resumed at step {state['step']}"
+    why = "of other inputs" if isinstance(state, dict) else "damaged"
+    aside = path.with_name(f"{path.name}.old")
+    path.replace(aside)
+    return None, f"starts anew: the saved state was {why}, and is now {aside.name}"

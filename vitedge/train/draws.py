@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Raised when the same seed, view and image would look otherwise: what a teacher said of them is then worth nothing.
+AUGMENTATION_VERSION = 1
+
 
 @dataclass(frozen=True)
 class Draws:

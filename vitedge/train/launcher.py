@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import uuid
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from vitedge.errors import VitedgeError
+from vitedge.errors import UnavailableError, VitedgeError
+from vitedge.launch import LAUNCHED
 
 
 def start(processes: int, arguments: list[str]) -> int:
     """Run `vitedge ARGUMENTS` in so many processes.
 
     Returns:
-        Their exit code: 0, or that of the first process that failed, which has said why.
+        Their exit code: 0, or that of the first process that failed, which has said why on stderr.
 
     Raises:
+        UnavailableError: There are GPUs, but fewer.
         VitedgeError: A process was killed.
         KeyboardInterrupt: This process was told to end; the others have saved and ended before.
     """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise UnavailableError(
+            "--processes",
+            expected=f"at most one process for each of {gpus} GPUs",
+            found=f"{processes} processes",
+            fix=f"give --processes {gpus}, or set CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
     # The launcher logs each signal it passes on; people are told once, below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHED] = "1"
+    # A process that is saving must not be killed (torch's default is half a minute, where it can be set).
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    # Else Accelerate warns that it chose a number of threads; vitedge sets it after that.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,81 +17,22 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from vitedge.compress import Batch, Loss
-from vitedge.data import Split
+from vitedge.compress import Batch
 from vitedge.errors import UnavailableError, UsageError, VitedgeError
-from vitedge.preprocess import Preprocessing
-from vitedge.progress import Progress, silent
 from vitedge.recipe import TrainConfig
 from vitedge.train.augment import Augmentation, Batches
 from vitedge.train.checkpoint import load_state, save_state
+from vitedge.train.clock import Clock
+from vitedge.train.job import Log, Trained, TrainJob, total_steps
 from vitedge.train.optim import build_optimizer, learning_rate, set_learning_rate
 from vitedge.train.processes import Processes
 from vitedge.train.stopping import Stop, stopping
 from vitedge.train.validation import AUTOCAST, validate
 
-# Steps between what is shown; between processes also those at which a signal to one of them is heard by all.
+# Steps between what is shown.
 REPORT_EVERY = 10
-
-
-class Log(Protocol):
-    """Takes the metrics of a step."""
-
-    def __call__(self, step: int, **metrics: float) -> None:
-        """Metrics by name, after `step` steps."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """One run of the loop.
-
-    Attributes:
-        config: The recipe's `train` step.
-        train, validation: Splits; the test split is never seen here.
-        contract: The preprocessing contract.
-        num_classes: Classes of the data.
-        seed: Of data order, augmentation and drop path.
-        processes: This process among the run's.
-        folder: Where the resumable state is kept.
-        key: Identity of the run; a state of another key is not resumed.
-        losses: Terms that techniques add to the loss against the labels.
-        on_step: Called with (step, steps) before each optimizer step.
-        progress: Told loss, images/s and validation top-1.
-        watch: Told the step that the run starts from, returns what takes its metrics; called in process 0.
-    """
-
-    config: TrainConfig
-    train: Split
-    validation: Split
-    contract: Preprocessing
-    num_classes: int
-    seed: int
-    processes: Processes
-    folder: Path
-    key: str
-    losses: Sequence[Loss] = ()
-    on_step: Sequence[Callable[[int, int], None]] = ()
-    progress: Progress = silent
-    watch: Callable[[int], Log] | None = None
-
-
-def total_steps(config: TrainConfig, images: int) -> int:
-    """Optimizer steps of a run over `images` training images; incomplete last batches are dropped."""
-    return config.steps or max(1, math.ceil(config.epochs * images / min(config.batch_size, images)))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run left; the model itself holds the best weights.
-
-    Attributes:
-        notes: For the manifest: steps, seconds, images_per_s, validation top-1 over the run, conditions.
-        last: Weights at the last step (their moving average where there is one), by tensor name, on the CPU.
-    """
-
-    notes: dict[str, Any]
-    last: dict[str, torch.Tensor]
+# How soon a signal to one process of many ends them all; launchers kill what does not answer.
+ANSWER_WITHIN_S = 2.0
 
 
 def train(model: nn.Module, job: TrainJob) -> Trained:
@@ -101,27 +42,14 @@ def train(model: nn.Module, job: TrainJob) -> Trained:
     the same key, it goes on from there and, on a CPU, ends with the same weights as an uninterrupted run.
 
     Raises:
-        UnavailableError: The device or its precision is not there.
+        UnavailableError: The precision, or the compiler that `compile` needs, is not there.
         UsageError: Too few images.
-        VitedgeError: The loss became infinite or not a number, or another process of the run ended.
+        VitedgeError: The loss became infinite or not a number.
     """
     with stopping() as stop, ThreadPoolExecutor(1) as reader:
         run = Run(model, job, stop, reader)
         run.resume()
-        try:
-            run.go()
-        except KeyboardInterrupt:
-            run.save()
-            raise
-        except RuntimeError as error:  # what torch raises when a peer is gone
-            if job.processes.count == 1:
-                raise
-            raise VitedgeError(
-                f"process {job.processes.rank} of {job.processes.count}",
-                expected="all processes of the run to go on",
-                found=" ".join(str(error).split())[:200],
-                fix=f"run the same command again: it goes on from the last checkpoint, step {run.saved_step}",
-            ) from error
+        run.go()
     return run.finish()
 
 
@@ -130,8 +58,7 @@ class Run:
 
     def __init__(self, model: nn.Module, job: TrainJob, stop: Stop, reader: ThreadPoolExecutor) -> None:
         config, processes = job.config, job.processes
-        if processes.device.type == "cpu" and config.precision == "fp16":
-            raise UnavailableError("train", expected="precision bf16 or fp32 on a CPU", found="fp16", fix="set train.precision: bf16")
+        _check_possible(config, processes)
         self.job, self.config, self.processes, self.stop, self.reader = job, config, processes, stop, reader
         # Convolutions are faster with channels last; a ViT has one, and does not care.
         self.model = model.to(processes.device, memory_format=torch.channels_last)
@@ -139,6 +66,13 @@ class Run:
         self.batches = Batches(job.train.images, job.train.labels, job.contract, processes.device, job.num_classes, augmentation, job.seed)
         self.held_out = Batches(job.validation.images, job.validation.labels, job.contract, processes.device, job.num_classes)
         self.batch_size = min(config.batch_size, len(self.batches))
+        if not len(self.held_out):
+            raise UsageError(
+                "train",
+                expected="images to validate on",
+                found=f"none beside {len(self.batches)} to train on",
+                fix="add images, or raise data.validation: a class needs several",
+            )
         if self.batch_size < processes.count * config.accumulate:
             raise UsageError(
                 "train",
@@ -148,13 +82,15 @@ class Run:
             )
         self.wrapped = processes.wrap(self.model)
         self.network = torch.compile(self.wrapped, dynamic=False) if config.compile else self.wrapped
+        self.clock = Clock(processes.device)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.precision == "fp16")
         self.label_share = math.prod(loss.label_share for loss in job.losses)
         self.steps = total_steps(config, len(self.batches))
         self.evaluate_every = config.evaluate_every or max(1, self.steps // 10)
-        self.step, self.saved_step, self.seconds, self.waited = 0, 0, 0.0, 0.0
+        self.step, self.seconds, self.waited = 0, 0.0, 0.0
+        self.ask_every = 1
         self.history: list[dict[str, float]] = []
         self.best_top1, self.since_best = -1.0, 0
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -175,16 +111,17 @@ class Run:
 
     def resume(self) -> None:
         """Go on from a saved state of the same run, if process 0 has one."""
-        state = self.processes.from_main(load_state(self.state_path, self.job.key) if self.processes.is_main else None)
+        state, told = self.processes.from_main(load_state(self.state_path, self.job.key) if self.processes.is_main else None)
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
-            self.step, self.saved_step, self.seconds, self.waited = state["step"], state["step"], state["seconds"], state["waited"]
+            self.step, self.seconds, self.waited = state["step"], state["seconds"], state["waited"]
             self.history, self.since_best = state["history"], state["since_best"]
             self.best_top1, self.best_weights = state["best_top1"], state["best_weights"]
+        self.job.progress(self.step, self.steps, told)
         if self.job.watch is not None and self.processes.is_main:
             self.log = self.job.watch(self.step)
 
@@ -196,12 +133,10 @@ class Run:
             state |= {"step": self.step, "seconds": self.seconds, "waited": self.waited, "since_best": self.since_best}
             state |= {"history": self.history, "best_top1": self.best_top1, "best_weights": self.best_weights}
             save_state(self.state_path, state)
-        self.saved_step = self.step
 
     def go(self) -> None:
         """Take the remaining steps, evaluating and saving on the way."""
         resumed_at, resumed_seconds, began = self.step, self.seconds, time.monotonic()
-        self.job.progress(self.step, self.steps)
         while self.step < self.steps and not self.gave_up():
             self.take_step()
             self.step += 1
@@ -214,6 +149,7 @@ class Run:
             if self.step % self.config.checkpoint_every == 0:
                 self.save()
             if self.asked_to_stop():
+                self.save()
                 raise KeyboardInterrupt
 
     def gave_up(self) -> bool:
@@ -224,7 +160,11 @@ class Run:
         """Whether a signal came to this process, or, at the steps where they ask each other, to any."""
         if self.processes.count == 1:
             return self.stop.asked
-        return self.step % REPORT_EVERY == 0 and self.processes.total([float(self.stop.asked)])[0] > 0
+        if self.step % REPORT_EVERY == 0:  # often enough to stop within seconds, seldom enough to cost nothing
+            per_step = self.seconds / max(1, self.step)
+            self.ask_every = self.processes.from_main(max(1, min(REPORT_EVERY, round(ANSWER_WITHIN_S / max(per_step, 1e-9)))))
+        asked = self.stop.asked or self.processes.orphaned()
+        return self.step % self.ask_every == 0 and self.processes.total([float(asked)])[0] > 0
 
     def take_step(self) -> None:
         """One optimizer step; all its randomness comes from seed, step and image, none from steps before."""
@@ -259,9 +199,8 @@ class Run:
     def add_gradients(self, part: int) -> torch.Tensor:
         """Forward and backward of this process's `part`-th part of the step's batch; returns its loss."""
         config, processes = self.config, self.processes
-        began = time.monotonic()
-        batch = self.next_batch(part)
-        self.waited += time.monotonic() - began
+        with self.clock:
+            batch = self.next_batch(part)
         # Drop path and patch drop draw from torch's own generator, differently in each process.
         torch.manual_seed(int(np.random.default_rng((self.job.seed, self.step, 2, processes.rank, part)).integers(2**62)))
         with torch.autocast(processes.device.type, AUTOCAST[config.precision], enabled=config.precision != "fp32"):
@@ -301,6 +240,7 @@ class Run:
 
     def report(self, images_per_s: float) -> None:
         """Tell the watchers where the run stands."""
+        self.waited += self.clock.seconds()
         share = self.waited / self.seconds if self.seconds else 0.0
         text = f"loss {self.loss:.3f}  {images_per_s:.0f} img/s"
         if self.history:
@@ -347,3 +287,13 @@ class Run:
 
 def _on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def _check_possible(config: TrainConfig, processes: Processes) -> None:
+    if processes.device.type == "cpu" and config.precision == "fp16":
+        raise UnavailableError("train", expected="precision bf16 or fp32 on a CPU", found="fp16", fix="set train.precision: bf16")
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and processes.device.type == "cpu" and not any(shutil.which(name) for name in (compiler, "clang++", "c++")):
+        raise UnavailableError(
+            "train.compile", expected="a C++ compiler for torch.compile", found="none", fix="install g++, or set train.compile: false"
+        )

@@ -12,18 +12,29 @@ from vitedge.recipe import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD, fused; norms, biases, class token and position embedding are not decayed.
+    """The recipe's optimizer; norms, biases, class token and position embedding are not decayed.
+
+    AdamW (Loshchilov and Hutter 2019) and SGD are torch's, fused. Muon (Jordan et al. 2024) is timm's, scaled so that
+    AdamW's learning rates hold (Liu et al. 2025, equation 4); the classifier, embeddings and vectors take the steps of
+    AdamW with Nesterov momentum.
 
     With `layer_decay` each block learns that much slower than the one after it (Clark et al. 2020; Bao et al. 2022).
     """
-    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+    from timm.optim import Muon, param_groups_layer_decay, param_groups_weight_decay
 
     skip: set[str] = getattr(model, "no_weight_decay", set)()
+    # Muon is for matrices inside the model: what is looked up or read out takes the fallback.
+    classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier", ())
+    classifier = (classifier,) if isinstance(classifier, str) else classifier
+    muon = {"fallback_list": tuple(f"{name}.weight" for name in classifier), "fallback_no_weight_decay": True}
+    kept = {"no_weight_decay_list": tuple(skip), **(muon if config.optimizer == "muon" else {})}
     groups: Any
     if config.layer_decay < 1.0:
-        groups = param_groups_layer_decay(model, config.weight_decay, no_weight_decay_list=tuple(skip), layer_decay=config.layer_decay)
+        groups = param_groups_layer_decay(model, config.weight_decay, layer_decay=config.layer_decay, **kept)
     else:
-        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=tuple(skip))
+        groups = param_groups_weight_decay(model, config.weight_decay, **kept)
+    if config.optimizer == "muon":
+        return Muon(groups, lr=config.lr, nesterov=True, adjust_lr_fn="match_rms_adamw")
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)

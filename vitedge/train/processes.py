@@ -6,13 +6,16 @@ gradients are averaged so that they are those of the whole batch.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from vitedge import launch
-from vitedge.errors import UnavailableError
+from vitedge.errors import UnavailableError, VitedgeError
 
 
 class Processes:
@@ -33,19 +36,26 @@ class Processes:
                 "train",
                 expected="a CUDA device",
                 found="none that torch can use",
-                fix="run with --device cpu, or install a CUDA build of torch",
+                fix="install a CUDA build of torch",
             )
+        threads = torch.get_num_threads()
         # The recipe says the precision, and the loop keeps it; Accelerate's own would be set once per process, for all steps.
         self._accelerator = Accelerator(cpu=torch_device == "cpu", mixed_precision="no")
+        torch.set_num_threads(threads)  # with many processes on a CPU, Accelerate sets a number of its own
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.is_main = launch.is_main()
+        self._parent = os.getppid()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to call in training: the model itself, or one that averages gradients over the processes."""
         wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
+
+    def orphaned(self) -> bool:
+        """Whether whatever started this process is gone: nobody would end it any more."""
+        return os.getppid() != self._parent
 
     def share(self, total: int, part: int = 0, parts: int = 1) -> tuple[int, int]:
         """First and end position of this process's `part`-th of `parts` of `total` things; shares differ by at most one."""
@@ -76,3 +86,24 @@ class Processes:
         if self.count > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+
+    @contextlib.contextmanager
+    def all_alive(self) -> Iterator[None]:
+        """What torch says when another process of the run is gone, in one line.
+
+        Raises:
+            VitedgeError: It is.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            lost = isinstance(error, torch.distributed.DistError) or "gloo" in text.lower() or "Connection" in text
+            if self.count == 1 or not lost:
+                raise
+            raise VitedgeError(
+                f"process {self.rank} of {self.count}",
+                expected="all processes of the run to go on",
+                found=f"another one gone ({text[:120]})",
+                fix="see what that one said, and run the same command again: it goes on from the last checkpoint",
+            ) from error

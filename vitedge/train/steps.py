@@ -7,6 +7,7 @@ step from its last state.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -28,7 +29,8 @@ from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
 from vitedge.train.augment import Augmentation, Batches
-from vitedge.train.loop import Log, TrainJob, train
+from vitedge.train.job import Log, TrainJob
+from vitedge.train.loop import train
 from vitedge.train.processes import Processes
 from vitedge.train.validation import validate
 from vitedge.train.watch import Watcher
@@ -74,11 +76,13 @@ def make_checkpoint(job: CheckpointJob) -> dict[str, Any]:
         InputError: The weights' classes are not the data's, or a classifier is random and nothing trains it.
         UsageError: A step cannot be done as the recipe says.
         UnavailableError: The device, or an optional package, is not there.
+        VitedgeError: Another process of the run is gone.
     """
     run = _Steps(job, _meta(job))
-    for index, (name, config) in enumerate(job.recipe.steps):
-        run.take(index, name, config)
-    return run.finish()
+    with run.processes.all_alive(), contextlib.closing(run):
+        for index, (name, config) in enumerate(job.recipe.steps):
+            run.take(index, name, config)
+        return run.finish()
 
 
 @dataclass
@@ -118,6 +122,14 @@ class _Steps:
             record = self.train(index, config)
         else:
             compressed = plugins.load("compress", name).apply(self.model, config, self.context(index))
+            trains_later = any(isinstance(c, TrainConfig) for _, c in self.job.recipe.steps[index:])
+            if (compressed.losses or compressed.on_step) and not trains_later:
+                raise UsageError(
+                    f"steps.{index}",
+                    expected=f"a `train` step after `{name}`, which acts on it",
+                    found="none",
+                    fix="move it before `train`",
+                )
             self.model = compressed.model
             self.active.append(compressed)
             record = compressed.notes
@@ -149,11 +161,17 @@ class _Steps:
     def train(self, index: int, config: TrainConfig) -> dict[str, Any]:
         """One `train` step, or what an earlier, interrupted run has left of it."""
         job = self.job
-        done, key = job.work / f"step{index}.safetensors", digest_of(job.key, index)
+        # What comes after this step, and how often it is saved, change nothing about it.
+        before = [
+            [name, {**plain, "checkpoint_every": None}]
+            for step in job.recipe.to_plain()["steps"][: index + 1]
+            for name, plain in step.items()
+        ]
+        done, key = job.work / f"step{index}.safetensors", digest_of(job.key, before)
         record: dict[str, Any] | None = self.processes.from_main(_finished(done, key) if self.processes.is_main else None)
         if record is not None:
-            if self.processes.is_main:  # the others get its weights where the next step begins
-                self.model.load_state_dict(load_checkpoint(done)[0].state_dict())
+            weights = load_checkpoint(done)[0].state_dict() if self.processes.is_main else None
+            self.model.load_state_dict(self.processes.from_main(weights))
             return record
         if job.dataset is None:
             raise UsageError(f"steps.{index}", expected="a data set", found="none", fix="give --data, or set VITEDGE_DATA")
@@ -212,12 +230,16 @@ class _Steps:
             save_checkpoint(job.path, self.model, self.meta)
         if self.watcher is not None:
             self.watcher.draw()
-            self.watcher.close()
-        if self.trains and job.dataset is not None and job.dataset.test is not None:
+        if self.trains and job.dataset is not None and job.dataset.test is not None and len(job.dataset.test.labels):
             notes["test"] = self.test(job.dataset.test)
         if self.processes.is_main:
             shutil.rmtree(job.work, ignore_errors=True)
         return notes
+
+    def close(self) -> None:
+        """Close the file of metrics."""
+        if self.watcher is not None:
+            self.watcher.close()
 
     def test(self, split: Split) -> dict[str, Any]:
         """Top-1 of each head on the whole test split, in percent, in float32."""
@@ -269,6 +291,9 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
     record = path.with_suffix(".json")
     if not (path.is_file() and record.is_file()):
         return None
-    content = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError:  # cut off by a power failure: the step is taken again
+        return None
     notes: dict[str, Any] = content["notes"]
     return notes if content["key"] == key else None

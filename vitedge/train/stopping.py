@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+
+# Launchers and service managers send a signal to a group and again to each of its processes: that is one wish, not two.
+ECHO_S = 3.0
 
 
 class Stop:
@@ -14,12 +18,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._first = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; a second one does not wait for the step to end."""
-        if self.asked:
+        """Note the first signal; a later one, that is no echo of it, does not wait for the step to end, and nothing more is saved."""
+        if self.asked and time.monotonic() - self._first > ECHO_S:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
 
 
 @contextlib.contextmanager
