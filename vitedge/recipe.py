@@ -34,8 +34,10 @@ class ModelSpec(Section):
     arch: str = Field("deit_tiny_patch16_224", description="timm's model name")
     img_size: int | None = Field(224, ge=8, le=1024, description="side of the square input, pixels; null: that of the data's images")
     patch_size: int | None = Field(None, ge=1, le=64, description="side of a patch, pixels; null keeps the architecture's")
-    stem: Literal["own", "small"] = Field(
-        "own", description="small: a ResNet starts with a 3x3 convolution and no pooling, for images of about 32 px"
+    stem: Literal["own", "small", "small_pooled"] = Field(
+        "own",
+        description="for images of about 32 px, a ResNet may start with a 3x3 convolution of stride 1: small_pooled keeps the pooling "
+        "after it, small has none and sees four times the pixels",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm.create_model")
     weights: str = Field("pretrained", description="builtin | pretrained | none | path of a .safetensors or state-dict file")

@@ -193,11 +193,11 @@ def test_a_teacher_that_is_not_built_names_the_command(tmp_path: Path, monkeypat
         return str(caught.value)
 
     monkeypatch.chdir(tmp_path)
-    assert message("teacher_resnet10_32", Path("build")).endswith("; run: vitedge train --recipe teacher_resnet10_32")
-    elsewhere = message("teacher_resnet10_32", tmp_path / "out")
-    assert elsewhere.endswith(f"; run: vitedge train --recipe teacher_resnet10_32 -o {tmp_path / 'out' / 'teacher_resnet10_32'}")
+    assert message("teacher_resnet14_32", Path("build")).endswith("; run: vitedge train --recipe teacher_resnet14_32")
+    elsewhere = message("teacher_resnet14_32", tmp_path / "out")
+    assert elsewhere.endswith(f"; run: vitedge train --recipe teacher_resnet14_32 -o {tmp_path / 'out' / 'teacher_resnet14_32'}")
     misspelt = message("teacher_resnet1_32", Path("build"))
-    assert "(did you mean 'teacher_resnet10_32'?)" in misspelt
+    assert "(did you mean 'teacher_resnet14_32'?)" in misspelt
     assert misspelt.endswith("; run: vitedge train --recipe PATH/teacher_resnet1_32.yaml")
     assert message("./absent.safetensors", Path("build")).endswith("check the path")
 

@@ -114,3 +114,23 @@ def test_weights_are_found_by_word_file_and_folder(tmp_path: Path, donor: Path, 
     monkeypatch.setattr(weights_module, "BUILTIN", tmp_path / "absent")
     with pytest.raises(InputError, match="embedded checkpoint"):
         locate("builtin", ARCH)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("own", 8), ("small", 32), ("small_pooled", 16)])
+def test_a_convnet_is_built_saved_and_loaded_with_its_stem(stem: str, side: int, tmp_path: Path) -> None:
+    options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    meta = CheckpointMeta("resnet18", 32, None, 3, Preprocessing(size=32).to_json(), ("a", "b", "c"), stem, options)
+    model = meta.create().eval()
+    seen: list[torch.Size] = []
+    model.get_submodule("layer1").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    x_BCHW = torch.randn(2, 3, 32, 32)
+    expected = model(x_BCHW)
+    assert seen == [(2, 64, side, side)]
+    save_checkpoint(tmp_path / "c.safetensors", model, meta)
+    again, found = load_checkpoint(tmp_path / "c.safetensors")
+    assert found == meta and torch.equal(again(x_BCHW), expected)
+
+
+def test_a_stem_is_a_resnets() -> None:
+    with pytest.raises(UsageError, match="a ResNet whose stem is one convolution"):
+        create(ARCH, 8, 4, 3, stem="small")

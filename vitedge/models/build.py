@@ -92,8 +92,8 @@ def create(
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
-    if stem == "small":
-        _small_stem(model, where)
+    if stem != "own":
+        _small_stem(model, where, pooled=stem == "small_pooled")
     return model
 
 
@@ -104,8 +104,8 @@ def _is_vit(arch: str) -> bool:
     return timm.models.get_pretrained_cfg(arch) is None or timm.models.get_pretrained_cfg(arch).fixed_input_size
 
 
-def _small_stem(model: nn.Module, where: str) -> None:
-    """A 3x3 convolution of stride 1 and no pooling, as He et al. 2016 (section 4.2) start on CIFAR's 32 pixels.
+def _small_stem(model: nn.Module, where: str, pooled: bool) -> None:
+    """A 3x3 convolution of stride 1, as He et al. 2016 (section 4.2) start on CIFAR's 32 pixels; with or without the pooling after it.
 
     Raises:
         UsageError: Not a ResNet with one convolution as its stem.
@@ -116,7 +116,8 @@ def _small_stem(model: nn.Module, where: str) -> None:
     first: Any = model
     first.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
     nn.init.kaiming_normal_(first.conv1.weight, mode="fan_out", nonlinearity="relu")
-    first.maxpool = nn.Identity()
+    if not pooled:
+        first.maxpool = nn.Identity()
 
 
 def build(
