@@ -56,8 +56,24 @@ def unknown_model(folder: Path, colours: Path) -> list[str]:
     return _with(folder, colours, model={"arch": "deit_tiny", "img_size": 16, "weights": "none"})
 
 
-def model_that_is_no_vit(folder: Path, colours: Path) -> list[str]:
-    return _with(folder, colours, model={"arch": "resnet18", "img_size": 16, "weights": "none"})
+def patches_for_a_convnet(folder: Path, colours: Path) -> list[str]:
+    return _with(folder, colours, model={"arch": "resnet18", "img_size": 16, "patch_size": 4, "weights": "none"})
+
+
+def small_stem_for_a_vit(folder: Path, colours: Path) -> list[str]:
+    return _with(folder, colours, model={"arch": "test_vit", "img_size": 16, "patch_size": 8, "stem": "small", "weights": "none"})
+
+
+def views_beside_mixup(folder: Path, colours: Path) -> list[str]:
+    return _with(folder, colours, steps=[{"train": {"steps": 1, "views": 2, "mixup": 0.8}}])
+
+
+def teacher_that_is_not_there(folder: Path, colours: Path) -> list[str]:
+    return _with(folder, colours, steps=[{"distill": {"teacher": "teacher_resnet14_32"}}, {"train": {"steps": 1}}])
+
+
+def technique_that_is_unknown(folder: Path, colours: Path) -> list[str]:
+    return _with(folder, colours, steps=[{"distil": {"teacher": "teacher_resnet14_32"}}, {"train": {"steps": 1}}])
 
 
 def unknown_scheme(folder: Path, colours: Path) -> list[str]:
@@ -236,7 +252,11 @@ CASES: dict[Callable[[Path, Path], list[str]], tuple[int, str]] = {
     broken_yaml: (2, "valid YAML"),
     unknown_recipe: (2, "did you mean 'deit_tiny_int8'?"),
     unknown_model: (2, "a name timm knows"),
-    model_that_is_no_vit: (2, "ViT"),
+    patches_for_a_convnet: (2, "a model that takes patch_size"),
+    small_stem_for_a_vit: (2, "a ResNet whose stem is one convolution"),
+    views_beside_mixup: (2, "views: 0 beside mixup or cutmix"),
+    teacher_that_is_not_there: (2, "run: vitedge train --recipe teacher_resnet14_32"),
+    technique_that_is_unknown: (2, "did you mean 'distill'?"),
     unknown_scheme: (2, "onnxruntime.int8_static"),
     unknown_device: (2, "did you mean 'cpu'?"),
     device_with_an_unknown_runtime: (2, "a runtime out of"),
