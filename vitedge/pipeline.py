@@ -28,13 +28,14 @@ from vitedge.models.weights import WeightsSource, locate
 from vitedge.progress import Progress, silent
 from vitedge.quantize import Job
 from vitedge.quantize._ranges import StoredRanges, in_place_of_images
-from vitedge.recipe import Recipe, TrainConfig
+from vitedge.recipe import Recipe
 from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds
+from vitedge.train.watch import CURVES, METRICS, TENSORBOARD
 
 # Raised when a stage's output changes though its inputs do not.
 STAGE_VERSIONS = {"checkpoint": 2, "export": 1, "quantize": 1}
 WORK = ".work"
-TRAINING_FILES = ("checkpoint.last.safetensors", "metrics.jsonl", "curves.png")
+TRAINING_FILES = ("checkpoint.last.safetensors", METRICS, CURVES)
 Bar = Callable[[str], Progress]
 
 
@@ -82,11 +83,6 @@ class Pipeline:
         if datasets.wants_data(recipe) and self.dataset is not None:
             self.recipe = datasets.fill(recipe, self.dataset)
 
-    @property
-    def trains(self) -> bool:
-        """Whether the recipe has a `train` step."""
-        return any(isinstance(config, TrainConfig) for _, config in self.recipe.steps)
-
     @cached_property
     def data_source(self) -> datasets.Source | None:
         """Where the images are; None where there are none and the recipe can do without.
@@ -94,7 +90,7 @@ class Pipeline:
         Raises:
             UsageError: They are needed, or were asked for by name, and are not there.
         """
-        needed = self.trains or self.data_option is not None or self.weights.kind != "builtin"
+        needed = self.recipe.trains or self.data_option is not None or self.weights.kind != "builtin"
         if needed:
             return datasets.find(self.recipe.data.name, self.data_option)
         try:
@@ -182,7 +178,7 @@ class Pipeline:
                     path.unlink(missing_ok=True)
             for name in (MANIFEST, *TRAINING_FILES):
                 (self.root / name).unlink(missing_ok=True)
-            for name in (WORK, "tensorboard"):
+            for name in (WORK, TENSORBOARD):
                 shutil.rmtree(self.root / name, ignore_errors=True)
         self.manifest = Manifest(self.root)
 
@@ -195,7 +191,7 @@ class Pipeline:
         builds = self.root.parent
         inputs["files"] = [hash_files(plugins.load("compress", n).files(c, builds)) for n, c in self.recipe.steps if n != "train"]
         inputs |= {"weights": self.weights.digest(), "version": STAGE_VERSIONS["checkpoint"], "tools": tool_versions(["torch", "timm"])}
-        if self.trains or self.weights.kind != "builtin":
+        if self.recipe.trains or self.weights.kind != "builtin":
             inputs["data"] = self._data_digest
         return inputs
 

@@ -182,6 +182,11 @@ class Recipe(Section):
     quantize: QuantizeConfig = QuantizeConfig()
     limits: Limits = Limits()
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is a `train` step."""
+        return any(isinstance(config, TrainConfig) for _, config in self.steps)
+
     def contract(self) -> Preprocessing:
         """The preprocessing contract every stage of this recipe uses."""
         return self.preprocess.contract(self.model.side)

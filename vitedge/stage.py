@@ -65,8 +65,8 @@ def estimate_seconds(recipe: Recipe, stage: str) -> float:
             # 250 images/s at 7 x 7 patches (results/LOG.md), and cost grows with their number.
             per_image = 4.0e-3 * (model.side / (model.patch_size or 16) / 7) ** 2
         else:
-            # 290 images/s of a ResNet-10 at 32 px with a small stem, whose first stage sees every pixel; others a sixteenth of them.
-            per_image = 3.4e-3 * (model.side / (32 if model.stem == "small" else 128)) ** 2
+            # 290 and 380 images/s of small ResNets at 32 px (results/LOG.md); a stem of their own leaves a sixteenth of the pixels.
+            per_image = {"small": 3.4e-3, "small_pooled": 2.6e-3, "own": 0.2e-3}[model.stem] * (model.side / 32) ** 2
         images = [(c.steps * c.batch_size if c.steps else c.epochs * 45_000) * (1 - c.patch_drop) for c in steps]
         return 5.0 + sum(images) * per_image
     return 25.0 if stage == "export" or "static" in stage else 8.0

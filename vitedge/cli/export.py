@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,17 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("export")
 @build_options
-def command(
-    recipe: str,
-    output: Path | None,
-    data: str | None,
-    weights: str | None,
-    device: str,
-    seed: int | None,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
+def command(recipe: str, device: str, dry_run: bool, overwrite: bool, as_json: bool, **where: Any) -> None:
     """Build a recipe: train what has to be trained, export to ONNX, quantize to int8.
 
     Only stages that are missing or stale run; an interrupted build goes on where it stopped.
@@ -37,7 +26,7 @@ def command(
     vitedge export --recipe deit_tiny_112_int8            fine-tunes ImageNet weights first
     vitedge export --recipe deit_tiny_112_int8 --dry-run  what would be done, why, and about how long
     """
-    pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite)
+    pipeline = open_pipeline(recipe, device=device, overwrite=overwrite, **where)
     plans, manifest = build(pipeline, dry_run, overwrite)
     plain = {"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(pipeline.root), "stages": plan_json(plans)}
     if manifest is not None:

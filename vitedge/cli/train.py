@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,19 +23,7 @@ if TYPE_CHECKING:
     help="Processes on this machine: a GPU each, or a share of the cores.",
 )
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard files too, into the build folder.")
-def command(
-    recipe: str,
-    output: Path | None,
-    data: str | None,
-    weights: str | None,
-    device: str,
-    seed: int | None,
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-    processes: int,
-    tensorboard: bool,
-) -> int:
+def command(recipe: str, dry_run: bool, overwrite: bool, as_json: bool, processes: int, tensorboard: bool, **where: Any) -> int:
     """Train a recipe's model and write the checkpoint that `export` reuses.
 
     Trains on a GPU if torch finds one (CUDA_VISIBLE_DEVICES= hides it), else on the CPU; --device is
@@ -53,7 +40,7 @@ def command(
     from vitedge import launch
     from vitedge.pipeline import require_torch
 
-    pipeline = open_pipeline(recipe, output, data, weights, device, seed, overwrite, tensorboard)
+    pipeline = open_pipeline(recipe, overwrite=overwrite, tensorboard=tensorboard, **where)
     if processes > 1 and not dry_run:
         if pipeline.plan("checkpoint")[0].action == "run":  # what is wrong is said here, once
             require_torch("vitedge train")

@@ -24,8 +24,8 @@ from vitedge.models.build import CheckpointMeta, load_checkpoint
 from vitedge.preprocess import Preprocessing
 from vitedge.train.draws import AUGMENTATION_VERSION
 from vitedge.train.resize import normalize_batch
+from vitedge.train.validation import AUTOCAST
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU_PART = 32  # images; as fast as larger parts, or faster, for convolutions and ViTs at 32 px on a CPU
 
 
@@ -62,7 +62,7 @@ class Teacher:
         padding = -len(x_BCHW) % part
         padded_BCHW = torch.cat([x_BCHW, x_BCHW[-1:].expand(padding, -1, -1, -1)])
         padded_BCHW = padded_BCHW.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), torch.autocast(self.torch_device.type, _AUTOCAST[self.precision], enabled=self.precision != "fp32"):
+        with torch.no_grad(), torch.autocast(self.torch_device.type, AUTOCAST[self.precision], enabled=self.precision != "fp32"):
             logits = [self.model(x) for x in padded_BCHW.split(part)]
         return torch.cat(logits)[: len(x_BCHW)].half()
 

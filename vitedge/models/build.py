@@ -17,6 +17,7 @@ from torch import nn
 
 from vitedge.artifact import writing
 from vitedge.errors import InputError, UnavailableError, UsageError, closest
+from vitedge.models.heads import classifier_names
 from vitedge.models.weights import WeightsSource
 from vitedge.recipe import ModelSpec
 
@@ -101,7 +102,8 @@ def _is_vit(arch: str) -> bool:
     """Whether timm builds the architecture for one image size; convolutional networks take any."""
     import timm
 
-    return timm.models.get_pretrained_cfg(arch) is None or timm.models.get_pretrained_cfg(arch).fixed_input_size
+    config = timm.models.get_pretrained_cfg(arch)
+    return config is None or config.fixed_input_size
 
 
 def _small_stem(model: nn.Module, where: str, pooled: bool) -> None:
@@ -185,9 +187,7 @@ def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -
     wanted = model.state_dict()
     if "pos_embed" in wanted:
         tensors = _resampled(model, tensors, where)
-    heads: Any = getattr(model, "pretrained_cfg", {}).get("classifier", ())
-    heads = (heads,) if isinstance(heads, str) else heads
-    classifier = {name for name in wanted if name.rpartition(".")[0] in heads}
+    classifier = {name for name in wanted if name.rpartition(".")[0] in classifier_names(model)}
     random = sorted(n for n in classifier if (n in tensors and tensors[n].shape != wanted[n].shape) or n not in tensors)
     for name in random:
         tensors.pop(name, None)

@@ -15,6 +15,12 @@ def has_distillation_token(model: nn.Module) -> bool:
     return isinstance(model, VisionTransformerDistilled)
 
 
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Modules of a timm model that answer with classes, by name: one, or two where there is a distillation token."""
+    names: str | tuple[str, ...] = getattr(model, "pretrained_cfg", {}).get("classifier", ())
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def head_logits(model: Any, x_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits (B, C) of every head of a model in eval mode, by name.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitedge.models.heads import classifier_names
 from vitedge.recipe import TrainConfig
 
 
@@ -24,9 +25,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
     skip: set[str] = getattr(model, "no_weight_decay", set)()
     # Muon is for matrices inside the model: what is looked up or read out takes the fallback.
-    classifier: Any = getattr(model, "pretrained_cfg", {}).get("classifier", ())
-    classifier = (classifier,) if isinstance(classifier, str) else classifier
-    muon = {"fallback_list": tuple(f"{name}.weight" for name in classifier), "fallback_no_weight_decay": True}
+    muon = {"fallback_list": tuple(f"{name}.weight" for name in classifier_names(model)), "fallback_no_weight_decay": True}
     kept = {"no_weight_decay_list": tuple(skip), **(muon if config.optimizer == "muon" else {})}
     groups: Any
     if config.layer_decay < 1.0:

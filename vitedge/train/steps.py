@@ -102,19 +102,15 @@ class _Steps:
         torch.manual_seed(job.recipe.seed)
         self.processes = Processes(job.torch_device if job.recipe.steps else "cpu")
         self.model, random = build(job.recipe.model, self.meta.num_classes, job.source)
-        if random and not self.trains:
+        if random and not self.job.recipe.trains:
             raise InputError(
                 str(job.source.path or job.source.kind),
                 expected="a classifier for these classes",
                 found=f"none that fits ({', '.join(random)} would stay random)",
                 fix="add a `train` step, or give --weights of a model fine-tuned on this data",
             )
-        if self.trains and self.processes.is_main:
+        if self.job.recipe.trains and self.processes.is_main:
             self.watcher = Watcher(job.path.parent, job.tensorboard)
-
-    @property
-    def trains(self) -> bool:
-        return any(isinstance(config, TrainConfig) for _, config in self.job.recipe.steps)
 
     def take(self, index: int, name: str, config: Any) -> None:
         """Run one step on the model."""
@@ -230,7 +226,7 @@ class _Steps:
             save_checkpoint(job.path, self.model, self.meta)
         if self.watcher is not None:
             self.watcher.draw()
-        if self.trains and job.dataset is not None and job.dataset.test is not None and len(job.dataset.test.labels):
+        if self.job.recipe.trains and job.dataset is not None and job.dataset.test is not None and len(job.dataset.test.labels):
             notes["test"] = self.test(job.dataset.test)
         if self.processes.is_main:
             shutil.rmtree(job.work, ignore_errors=True)
