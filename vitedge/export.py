@@ -111,6 +111,7 @@ def to_onnx(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
                 external_data=False,
                 optimize=True,
                 verbose=False,
+                custom_translation_table=_translations(),
             )
     except Exception as error:  # the exporter raises dozens of types of its own
         raise VitedgeError(
@@ -121,6 +122,33 @@ def to_onnx(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
         ) from error
     proto: onnx.ModelProto = program.model_proto
     return proto
+
+
+def _translations() -> dict[Any, Any]:
+    """How the exporter writes the operators of `vitedge.models.quantized`: as QuantizeLinear and DequantizeLinear."""
+    from onnxscript import opset21 as op
+
+    from vitedge.models import quantized
+    from vitedge.numerics import Grid
+
+    def quantize_dequantize(x: Any, scale: Any, zero_point: Any, axis: int, bits: int, signed: bool) -> Any:
+        grid = Grid(bits, signed)
+        if bits not in (8, 16):
+            # Integers of fewer bits live in a type of 8 or 16: what would leave their range is cut off before it is rounded.
+            zero = op.Cast(zero_point, to=onnx.TensorProto.FLOAT)
+            x = op.Max(x, op.Mul(scale, op.Sub(op.Constant(value_float=float(grid.lowest)), zero)))
+            x = op.Min(x, op.Mul(scale, op.Sub(op.Constant(value_float=float(grid.highest)), zero)))
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point, axis=axis), scale, zero_point, axis=axis)
+
+    def dequantize_weight(values_IO: Any, scale: Any, zero_point: Any, group: int) -> Any:
+        if len(scale.shape) == 2:
+            return op.DequantizeLinear(values_IO, scale, zero_point, axis=0, block_size=group)
+        return op.DequantizeLinear(values_IO, scale, zero_point, axis=1)
+
+    return {
+        quantized.quantize_dequantize._opoverload: quantize_dequantize,
+        quantized.dequantize_weight._opoverload: dequantize_weight,
+    }
 
 
 def check(path: Artifact, x_BCHW: np.ndarray, reference_BC: np.ndarray, max_abs_err: float) -> dict[str, Any]:

@@ -77,8 +77,15 @@ def context(builds: Path, **changes: Any) -> Context:
         augmentation={"shift": 1},
         views=2,
         builds=builds,
+        sample=sample,
     )
     return replace(made, **changes)
+
+
+def sample(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Model inputs and classes of the first images, unchanged."""
+    taken = batch(range(min(count, IMAGES)))
+    return taken.x_BCHW.numpy(), taken.target.numpy()
 
 
 def pixels(indices: np.ndarray, view: int, size: int = 8) -> torch.Tensor:

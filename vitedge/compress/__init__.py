@@ -4,7 +4,12 @@ A module offers `Config` (a `vitedge.schema.Section`), `files(config, builds) ->
 contents its result depends on, for the build's key; `builds` is the folder that holds build folders), and
 `apply(model, config, context) -> Compressed`. It imports without torch; code that needs torch lies in a
 sibling file whose name starts with `_`. In a recipe's `steps:` a technique acts on the model at once, and its
-losses and hooks on the `train` steps after it. Shapes: B batch, C channels or classes, H height, W width.
+losses and hooks on the `train` steps after it.
+
+A technique whose result is no longer the architecture's own modules also offers `rebuild(model, structure)`, which
+gives a newly built model the saved one's modules (not their values): that is how a checkpoint loads without pickle.
+One that makes a quantized model offers `scheme(config) -> str`, the name that its exported files carry.
+Shapes: B batch, C channels or classes, H height, W width.
 """
 
 from __future__ import annotations
@@ -72,6 +77,8 @@ class Context:
         views: `train.views`, how many views each image has, where that and the augmentation are the same in all
             `train` steps to come; else 0, as for a new view every epoch.
         builds: The folder that holds build folders.
+        sample: `sample(count)` gives so many train images as model inputs, float32 (count, C, H, W), not augmented, and
+            their classes int64 (count,); the same ones whenever it is asked. Never of validation or test.
     """
 
     num_classes: int
@@ -85,6 +92,7 @@ class Context:
     augmentation: dict[str, Any]
     views: int
     builds: Path
+    sample: Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ class Compressed:
         losses: Terms that following `train` steps add.
         on_step: Called with (step, steps) before each of their optimizer steps.
         convert: Called on the model after them; returns the model that is saved.
+        structure: Called on the model that is saved; gives plain data from which `rebuild` makes its modules again.
+            None where the architecture's own modules are all there is.
     """
 
     model: nn.Module
@@ -104,3 +114,4 @@ class Compressed:
     losses: tuple[Loss, ...] = ()
     on_step: Callable[[int, int], None] | None = None
     convert: Callable[[nn.Module], nn.Module] | None = None
+    structure: Callable[[nn.Module], dict[str, Any]] | None = None

@@ -19,11 +19,15 @@ def sample(dataset: Dataset | None, contract: Preprocessing, count: int, seed: i
         count: How many; all where there are fewer.
         seed: Of the choice.
     """
-    generator = np.random.default_rng(seed)
     if dataset is None:
         # Smooth random colour fields: in the range of photographs, unlike white noise.
-        small = generator.integers(0, 256, size=(count, 4, 4, 3), dtype=np.uint8)
+        small = np.random.default_rng(seed).integers(0, 256, size=(count, 4, 4, 3), dtype=np.uint8)
         return replace(contract, crop="squash", interpolation="bicubic")(list(small))
-    images = dataset.train.images
-    chosen = generator.choice(len(images), size=min(count, len(images)), replace=False)
-    return contract([images[int(i)] for i in np.sort(chosen)])
+    return labelled_sample(dataset, contract, count, seed)[0]
+
+
+def labelled_sample(dataset: Dataset, contract: Preprocessing, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Preprocessed train images, float32 BCHW, and their classes, int64 (B,); arguments as in `sample`."""
+    split = dataset.train
+    chosen = np.sort(np.random.default_rng(seed).choice(len(split.images), size=min(count, len(split.images)), replace=False))
+    return contract([split.images[int(i)] for i in chosen]), np.asarray(split.labels, np.int64)[chosen]

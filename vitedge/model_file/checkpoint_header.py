@@ -29,6 +29,8 @@ def read(path: Path) -> Header:
     try:
         meta = json.loads(described[METADATA_ENTRY])
         size, preprocessing, labels = int(meta["img_size"]), str(meta["preprocessing"]), json.dumps(list(meta["labels"]))
+        # Float weights are loaded as float32 whatever they are stored as; a quantizing technique says what it made.
+        schemes = ["fp32", *(made["scheme"] for _, made in meta.get("structure", ()) if "scheme" in made)]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             str(path),
@@ -38,7 +40,7 @@ def read(path: Path) -> Header:
         ) from error
     return Header(
         files=(path,),
-        scheme="fp32",  # whatever the tensors are stored as, they are loaded as float32
+        scheme=schemes[-1],
         input=InputSpec("pixels", (None, 3, size, size), "NCHW"),
         preprocessing=preprocessing,
         labels=labels,

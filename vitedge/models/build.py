@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitedge import plugins
 from vitedge.artifact import writing
 from vitedge.errors import InputError, UnavailableError, UsageError, closest
 from vitedge.models.heads import classifier_names
@@ -32,6 +33,7 @@ class CheckpointMeta:
         arch, img_size, patch_size, num_classes, stem, options: What `create` needs.
         preprocessing: The contract's JSON.
         labels: Class names in output order.
+        structure: What techniques made of the architecture, in order: name of the technique, and what its `rebuild` takes.
     """
 
     arch: str
@@ -42,10 +44,14 @@ class CheckpointMeta:
     labels: tuple[str, ...]
     stem: str = "own"
     options: dict[str, Any] = field(default_factory=dict)
+    structure: tuple[tuple[str, dict[str, Any]], ...] = ()
 
     def create(self, drop_path: float = 0.0, patch_drop: float = 0.0) -> nn.Module:
         """The model with random weights; see `create`."""
-        return create(self.arch, self.img_size, self.patch_size, self.num_classes, drop_path, patch_drop, self.stem, self.options)
+        model = create(self.arch, self.img_size, self.patch_size, self.num_classes, drop_path, patch_drop, self.stem, self.options)
+        for technique, made in self.structure:
+            model = plugins.load("compress", technique).rebuild(model, made)
+        return model
 
 
 def create(
@@ -181,11 +187,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> list[str]:
+def _load_into(model: nn.Module, tensors: dict[str, torch.Tensor], where: str, resample: bool = True) -> list[str]:
     """Load what fits; returns the classifier tensors left random, raises on any other difference."""
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     wanted = model.state_dict()
-    if "pos_embed" in wanted:
+    if resample and "pos_embed" in wanted:
         tensors = _resampled(model, tensors, where)
     classifier = {name for name in wanted if name.rpartition(".")[0] in classifier_names(model)}
     random = sorted(n for n in classifier if (n in tensors and tensors[n].shape != wanted[n].shape) or n not in tensors)
@@ -238,10 +244,15 @@ def save_checkpoint(path: Path, model: nn.Module, meta: CheckpointMeta, half: bo
         meta: What is needed to build it again.
         half: Store fp16, as the embedded checkpoint does.
     """
+    tensors = {name: t.half() if half and t.is_floating_point() else t for name, t in model.state_dict().items()}
+    write_tensors(path, tensors, {HEADER_KEY: json.dumps(asdict(meta), sort_keys=True)})
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str] | None = None) -> None:
+    """Write tensors by name as safetensors, whole or not at all; `read_tensors` reads them."""
     from safetensors.torch import save
 
-    tensors = {name: (t.half() if half else t).detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    content: bytes = save(tensors, metadata={HEADER_KEY: json.dumps(asdict(meta), sort_keys=True)})
+    content: bytes = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata=header)
     with writing(path) as temporary:
         temporary.write_bytes(content)
 
@@ -255,7 +266,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, CheckpointMeta]:
     tensors = read_tensors(path)
     meta = read_meta(path)
     model = meta.create()
-    if _load_into(model, tensors, str(path)):
+    if _load_into(model, tensors, str(path), resample=False):  # its sizes are its header's
         raise InputError(str(path), expected=f"a classifier of {meta.num_classes} classes", found="another one", fix="train it again")
     return model.eval(), meta
 
@@ -271,7 +282,8 @@ def read_meta(path: Path) -> CheckpointMeta:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[HEADER_KEY])
-        return CheckpointMeta(**{**header, "labels": tuple(header["labels"])})
+        structure = tuple((str(technique), dict(made)) for technique, made in header.get("structure", ()))
+        return CheckpointMeta(**{**header, "labels": tuple(header["labels"]), "structure": structure})
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             str(path),

@@ -8,10 +8,11 @@ step from its last state.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from vitedge import plugins
 from vitedge.artifact import digest_of, write_json
 from vitedge.compress import Compressed, Context
 from vitedge.data import Dataset, Split
+from vitedge.data.sample import labelled_sample
 from vitedge.errors import InputError, UsageError
-from vitedge.models.build import CheckpointMeta, build, load_checkpoint, read_meta, save_checkpoint
+from vitedge.models.build import CheckpointMeta, build, read_meta, read_tensors, save_checkpoint, write_tensors
 from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
@@ -93,7 +95,7 @@ class _Steps:
     meta: CheckpointMeta
     model: nn.Module = field(init=False)
     processes: Processes = field(init=False)
-    active: list[Compressed] = field(default_factory=list)
+    active: list[tuple[str, Compressed]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
     watcher: Watcher | None = None
 
@@ -127,7 +129,7 @@ class _Steps:
                     fix="move it before `train`",
                 )
             self.model = compressed.model
-            self.active.append(compressed)
+            self.active.append((name, compressed))
             record = compressed.notes
         self.notes.append({name: record})
 
@@ -152,6 +154,7 @@ class _Steps:
             augmentation,
             config.views if fixed else 0,
             job.path.parent.parent,
+            partial(labelled_sample, job.dataset, job.recipe.contract(), seed=job.recipe.seed),
         )
 
     def train(self, index: int, config: TrainConfig) -> dict[str, Any]:
@@ -166,7 +169,7 @@ class _Steps:
         done, key = job.work / f"step{index}.safetensors", digest_of(job.key, before)
         record: dict[str, Any] | None = self.processes.from_main(_finished(done, key) if self.processes.is_main else None)
         if record is not None:
-            weights = load_checkpoint(done)[0].state_dict() if self.processes.is_main else None
+            weights = read_tensors(done) if self.processes.is_main else None
             self.model.load_state_dict(self.processes.from_main(weights))
             return record
         if job.dataset is None:
@@ -187,8 +190,8 @@ class _Steps:
                 self.processes,
                 job.work / f"step{index}",
                 key,
-                [loss for compressed in self.active for loss in compressed.losses],
-                [compressed.on_step for compressed in self.active if compressed.on_step],
+                [loss for _, compressed in self.active for loss in compressed.losses],
+                [compressed.on_step for _, compressed in self.active if compressed.on_step],
                 job.bar(label),
                 partial(_watch, self.watcher, trainings.index(index), label) if self.watcher else None,
             ),
@@ -196,11 +199,8 @@ class _Steps:
         self.model.cpu()
         if self.processes.is_main:
             if index == trainings[-1]:
-                best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-                self.model.load_state_dict(trained.last)
-                save_checkpoint(job.path.with_name(LAST), self.model, self.meta)
-                self.model.load_state_dict(best)
-            save_checkpoint(done, self.model, self.meta)
+                write_tensors(job.work / LAST, trained.last)
+            write_tensors(done, self.model.state_dict())
             write_json(done.with_suffix(".json"), {"key": key, "notes": trained.notes})
         return trained.notes
 
@@ -217,13 +217,12 @@ class _Steps:
     def finish(self) -> dict[str, Any]:
         """Convert, save, judge on the test split, clear up."""
         job = self.job
-        for compressed in reversed(self.active):
-            if compressed.convert is not None:
-                self.model = compressed.convert(self.model)
         notes: dict[str, Any] = {"weights": job.source.kind, "steps": self.notes}
-        self.model.float().cpu()
-        if self.processes.is_main:
-            save_checkpoint(job.path, self.model, self.meta)
+        if self.processes.is_main and (job.work / LAST).is_file():
+            last = copy.deepcopy(self.model)
+            last.load_state_dict(read_tensors(job.work / LAST))
+            self.convert_and_save(last, job.path.with_name(LAST))
+        self.model = self.convert_and_save(self.model, job.path)
         if self.watcher is not None:
             self.watcher.draw()
         if self.job.recipe.trains and job.dataset is not None and job.dataset.test is not None and len(job.dataset.test.labels):
@@ -231,6 +230,16 @@ class _Steps:
         if self.processes.is_main:
             shutil.rmtree(job.work, ignore_errors=True)
         return notes
+
+    def convert_and_save(self, model: nn.Module, path: Path) -> nn.Module:
+        """The model as techniques leave it after training; process 0 writes it."""
+        for _, compressed in reversed(self.active):
+            model = compressed.convert(model) if compressed.convert is not None else model
+        model.float().cpu()
+        if self.processes.is_main:
+            structure = tuple((name, c.structure(model)) for name, c in self.active if c.structure is not None)
+            save_checkpoint(path, model, replace(self.meta, structure=structure))
+        return model
 
     def close(self) -> None:
         """Close the file of metrics."""
