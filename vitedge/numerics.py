@@ -178,7 +178,8 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
 
 def _unbounded(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """The integers before they are clamped, still floating; the sum also turns a rounded -0 into the 0 that integers have."""
-    return torch.round(x / scale) + zero_point
+    # By a scalar left on the CPU, CUDA would multiply with the inverse, which is one bit off.
+    return torch.round(x / scale.to(x.device)) + zero_point
 
 
 class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]  # the library carries no types
