@@ -11,7 +11,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ import onnx
 import torch
 from torch import nn
 
+from vitedge import plugins
 from vitedge.artifact import Artifact, hash_files, writing
 from vitedge.errors import GateError, VitedgeError
 from vitedge.evaluate import parity
 from vitedge.graph._run import run_passes
 from vitedge.host import tool_versions
 from vitedge.model_file import write_contract
+from vitedge.models.build import load_checkpoint
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import ExportConfig
 from vitedge.runtimes import Target
@@ -35,6 +37,12 @@ from vitedge.runtimes import onnxruntime as engine
 INPUT, OUTPUT = "pixels", "logits"
 # The exporter writes GELU so that ONNX Runtime does not recognise it; the second pass puts its factors in order.
 PASSES = ("strip_metadata", "reorder_gelu")
+QUANTIZED_PASSES = ("strip_metadata", "reorder_gelu", "broadcast_bias", "narrow_weights")
+QUANTIZED_OPSET = 21  # the first with 4-bit integers and with scales per block
+# In a quantized model the last bit of a float can become a whole step, so its files are held to their answers.
+QUANTIZED_IMAGES = 512
+QUANTIZED_AGREEMENT = 99.0  # percent
+QUANTIZED_TOLERANCE = 0.1  # of the largest output, for a graph pass
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class ExportJob:
         folder: Where the files go.
         recipe: Name of the recipe.
         parent: sha256 of the checkpoint.
+        scheme: `fp32`, or what a technique quantized the model to.
     """
 
     model: nn.Module
@@ -62,32 +71,70 @@ class ExportJob:
     folder: Path
     recipe: str
     parent: str
+    scheme: str = "fp32"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model rounds, so that its files are held to their answers and not to every logit."""
+        return self.scheme != "fp32"
+
+
+def export_checkpoint(
+    checkpoint: Artifact, config: ExportConfig, images: Callable[[int], np.ndarray], real_images: bool, folder: Path
+) -> tuple[Artifact, Artifact]:
+    """Write the ONNX files of a vitedge checkpoint; as `export`.
+
+    Args:
+        checkpoint: Of the recipe.
+        config: Opset, tolerance, and how many images the files are checked on; a quantized model's on `QUANTIZED_IMAGES` at least.
+        images: Gives so many preprocessed images.
+        real_images: Whether those are real images.
+        folder: Where the files go.
+    """
+    model, _ = load_checkpoint(checkpoint.path)
+    contract = checkpoint.contract()
+    assert contract is not None  # every checkpoint of vitedge has one
+    count = config.parity_images if checkpoint.scheme == "fp32" else max(config.parity_images, QUANTIZED_IMAGES)
+    return export(
+        ExportJob(
+            model,
+            contract,
+            checkpoint.labels,
+            config,
+            images(count),
+            real_images,
+            folder,
+            checkpoint.recipe,
+            checkpoint.sha256,
+            checkpoint.scheme,
+        )
+    )
 
 
 def export(job: ExportJob) -> tuple[Artifact, Artifact]:
-    """Write `model.fp32.onnx` (dynamic batch) and its twin `model.fp32.batch1.onnx` for toolchains that want static shapes.
+    """Write `model.<scheme>.onnx` (dynamic batch) and its twin `model.<scheme>.batch1.onnx` for toolchains that want static shapes.
 
     Raises:
         VitedgeError: The exporter cannot express the model.
-        GateError: The file's logits differ from PyTorch's by more than `max_abs_err`, or another class wins on an image.
+        GateError: The file's logits differ from PyTorch's by more than `max_abs_err`, or another class wins on an image;
+            for a quantized model, on more than one image in a hundred.
     """
     with torch.inference_mode():
         reference_BC = torch.cat([job.model(x) for x in torch.from_numpy(job.x_BCHW).split(32)]).numpy()
-    proto = to_onnx(job.model, job.contract.size, job.config.opset)
-    results = run_passes(proto, PASSES, {INPUT: job.x_BCHW[:4]})
+    names, opset = (QUANTIZED_PASSES, max(job.config.opset, QUANTIZED_OPSET)) if job.quantized else (PASSES, job.config.opset)
+    tolerance = QUANTIZED_TOLERANCE if job.quantized else None
+    proto = to_onnx(job.model, job.contract.size, opset)
+    results = run_passes(proto, names, {INPUT: job.x_BCHW[:4]}, tolerance)
     write_contract(proto, job.contract, job.labels)
-    dynamic = _save(
-        job,
-        proto,
-        "model.fp32.onnx",
-        reference_BC,
-        {"passes": {name: result.changed for name, result in zip(PASSES, results, strict=True)}},
-    )
+    notes: dict[str, Any] = {"opset": opset, "passes": {name: result.changed for name, result in zip(names, results, strict=True)}}
+    if job.quantized:
+        notes["library"] = "vitedge"
+    dynamic = _save(job, proto, f"model.{job.scheme}.onnx", reference_BC, notes)
     static_proto = onnx.ModelProto()
     static_proto.CopyFrom(proto)
-    run_passes(static_proto, ["fix_batch"], {INPUT: job.x_BCHW[:1]})
-    static = _save(job, static_proto, "model.fp32.batch1.onnx", reference_BC, {"variant_of": dynamic.name, "batch_size": 1})
-    return dynamic, static
+    run_passes(static_proto, ["fix_batch"], {INPUT: job.x_BCHW[:1]}, tolerance)
+    notes = {**notes, "variant_of": dynamic.name, "batch_size": 1}
+    return dynamic, _save(job, static_proto, f"model.{job.scheme}.batch1.onnx", reference_BC, notes)
 
 
 def to_onnx(model: nn.Module, size: int, opset: int) -> onnx.ModelProto:
@@ -151,35 +198,49 @@ def _translations() -> dict[Any, Any]:
     }
 
 
-def check(path: Artifact, x_BCHW: np.ndarray, reference_BC: np.ndarray, max_abs_err: float) -> dict[str, Any]:
-    """Compare a file with the logits it must give.
+def check(artifact: Artifact, runtime: str, target: Target, job: ExportJob, reference_BC: np.ndarray) -> dict[str, Any]:
+    """Compare a file in a runtime with the logits it must give.
 
     Raises:
         GateError: They differ.
     """
-    batch_size = int(path.notes.get("batch_size", 0)) or min(32, len(x_BCHW))
-    session = engine.load(path, Target("CPUExecutionProvider", threads=1, batch_size=path.notes.get("batch_size")))
-    logits_BC = np.concatenate([session(x_BCHW[i : i + batch_size]) for i in range(0, len(x_BCHW), batch_size)])
+    batch_size = int(artifact.notes.get("batch_size", 0)) or min(32, len(job.x_BCHW))
+    session = plugins.load("runtimes", runtime).load(artifact, target)
+    logits_BC = np.concatenate([session(job.x_BCHW[i : i + batch_size]) for i in range(0, len(job.x_BCHW), batch_size)])
     result = parity(reference_BC, logits_BC)
-    if not result.max_abs_err <= max_abs_err or result.top1_agreement < 100.0:
+    where, found = f"{artifact.path} in {runtime}", f"top1_agreement {result.top1_agreement:.2f} %"
+    if job.quantized and result.top1_agreement < QUANTIZED_AGREEMENT:
         raise GateError(
-            str(path.path),
-            expected=f"logits within {max_abs_err} of PyTorch's and the same class on every image",
-            found=f"max_abs_err {result.max_abs_err:.2e}, top1_agreement {result.top1_agreement:.2f} %",
+            where,
+            expected=f"PyTorch's class on {QUANTIZED_AGREEMENT} % of {len(job.x_BCHW)} images",
+            found=found,
+            fix="try another opset, or leave the layers that differ in float",
+        )
+    limit = job.config.max_abs_err
+    if not job.quantized and (not result.max_abs_err <= limit or result.top1_agreement < 100.0):
+        raise GateError(
+            where,
+            expected=f"logits within {limit} of PyTorch's and the same class on every image",
+            found=f"max_abs_err {result.max_abs_err:.2e}, {found}",
             fix="raise export.max_abs_err if that is acceptable, or try another opset",
         )
-    return {**asdict(result), "images": len(x_BCHW)}
+    return {
+        **asdict(result),
+        "images": len(job.x_BCHW),
+        "runtime": runtime,
+        "of": "train images" if job.real_images else "synthetic images",
+    }
 
 
 def _save(job: ExportJob, proto: onnx.ModelProto, name: str, reference_BC: np.ndarray, notes: dict[str, Any]) -> Artifact:
-    """Write one file under its final name only once it is proven."""
+    """Write one file under its final name only once it is proven: in ONNX Runtime, and a quantized one in OpenVINO too if that is there."""
     path = job.folder / name
     with writing(path) as temporary:
         onnx.save(proto, temporary)
         artifact = Artifact(
             name=name,
             format="onnx",
-            scheme="fp32",
+            scheme=job.scheme,
             files=(temporary,),
             sha256=hash_files([temporary]),
             size_bytes=temporary.stat().st_size,
@@ -187,12 +248,16 @@ def _save(job: ExportJob, proto: onnx.ModelProto, name: str, reference_BC: np.nd
             recipe=job.recipe,
             preprocessing=job.contract.to_json(),
             labels=job.labels,
-            notes={**notes, "opset": job.config.opset},
+            notes=notes,
             tools=tool_versions(["torch", "onnx", "onnxscript", "timm"]),
         )
-        found = check(artifact, job.x_BCHW, reference_BC, job.config.max_abs_err)
-    images = "train images" if job.real_images else "synthetic images"
-    return replace(artifact, files=(path,), notes={**artifact.notes, "parity": {**found, "of": images}})
+        fixed = notes.get("batch_size")
+        found = {"parity": check(artifact, "onnxruntime", Target(engine.CPU, threads=1, batch_size=fixed), job, reference_BC)}
+        if job.quantized:
+            found["node_counts"] = dict(engine.load(artifact, Target(engine.CPU, threads=1, batch_size=fixed)).facts.node_counts)
+            if plugins.load("runtimes", "openvino").available().version:
+                found["parity_openvino"] = check(artifact, "openvino", Target("CPU", threads=1, batch_size=fixed), job, reference_BC)
+    return replace(artifact, files=(path,), notes={**artifact.notes, **found})
 
 
 @contextlib.contextmanager

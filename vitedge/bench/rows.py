@@ -2,8 +2,8 @@
 
 A float file runs in every runtime of the profile that opens it, at each precision listed. A quantized
 file runs in the runtime of the library that made it, with the profile's last usable float precision
-for what stays in float: the first is the baseline, the last what the device does best. What cannot run
-is listed with the reason, never dropped.
+for what stays in float: the first is the baseline, the last what the device does best. One that vitedge's own
+techniques made runs wherever a float file does. What cannot run is listed with the reason, never dropped.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def plan_rows(
 def choose_uses(artifact: Artifact, uses: Sequence[Use]) -> list[Use]:
     """The engines and float precisions that a file is run in, unusable ones with their reason."""
     opening = [use for use in uses if artifact.format in plugins.load("runtimes", use[0].runtime).FORMATS]
-    if not artifact.scheme.startswith("int"):
+    if not artifact.scheme.startswith("int") or artifact.notes.get("library") == "vitedge":
         return opening
     library = _RUNTIME_OF_LIBRARY.get(str(artifact.notes.get("library", "")), _RUNTIME_OF_FORMAT[artifact.format])
     chosen = []

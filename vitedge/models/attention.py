@@ -13,7 +13,7 @@ from torch import nn
 from vitedge.errors import UsageError
 
 
-class OpenAttention(nn.Module):
+class OpenAttention(nn.Module):  # type: ignore[misc]  # the library carries no types
     """Softmax attention as timm computes it, with a module at every point where a technique may act.
 
     The layers are those of the attention it is made from, under the same names, so that its weights keep theirs.

@@ -20,7 +20,6 @@ from vitedge.errors import UsageError
 from vitedge.models.attention import open_attention
 from vitedge.numerics import Grid, dequantize, fake_quantize, spread
 
-
 STORAGE = {(8, True): torch.int8, (8, False): torch.uint8, (16, True): torch.int16, (16, False): torch.uint16}
 
 
@@ -29,7 +28,7 @@ def storage(bits: int, signed: bool) -> torch.dtype:
     return STORAGE[8 if bits <= 8 else 16, signed]
 
 
-@torch.library.custom_op("vitedge::quantize_dequantize", mutates_args=())
+@torch.library.custom_op("vitedge::quantize_dequantize", mutates_args=())  # type: ignore[untyped-decorator]
 def quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, bits: int, signed: bool) -> torch.Tensor:
     """What a value is after QuantizeLinear and DequantizeLinear.
 
@@ -46,12 +45,12 @@ def quantize_dequantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.
     return fake_quantize(x, scale, zero_point, Grid(bits, signed)).to(x.dtype)
 
 
-@quantize_dequantize.register_fake
+@quantize_dequantize.register_fake  # type: ignore[untyped-decorator]
 def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, bits: int, signed: bool) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("vitedge::dequantize_weight", mutates_args=())
+@torch.library.custom_op("vitedge::dequantize_weight", mutates_args=())  # type: ignore[untyped-decorator]
 def dequantize_weight(values_IO: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group: int) -> torch.Tensor:
     """What integers of a weight stand for, float32 (I, O).
 
@@ -67,12 +66,12 @@ def dequantize_weight(values_IO: torch.Tensor, scale: torch.Tensor, zero_point: 
     return dequantize(values_IO.to(torch.int32), scale, zero_point)
 
 
-@dequantize_weight.register_fake
+@dequantize_weight.register_fake  # type: ignore[untyped-decorator]
 def _(values_IO: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, group: int) -> torch.Tensor:
     return torch.empty_like(values_IO, dtype=torch.float32)
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(nn.Module):  # type: ignore[misc]  # the library carries no types
     """Rounds activations to a grid whose step was learned or calibrated.
 
     Args:
@@ -99,9 +98,7 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The same shape, rounded."""
-        rounded: torch.Tensor = torch.ops.vitedge.quantize_dequantize(
-            x, self.scale, self.zero_point, x.ndim - 1, self.bits, self.signed
-        )
+        rounded: torch.Tensor = torch.ops.vitedge.quantize_dequantize(x, self.scale, self.zero_point, x.ndim - 1, self.bits, self.signed)
         return rounded
 
     def describe(self) -> dict[str, Any]:
@@ -109,7 +106,7 @@ class ActivationQuantizer(nn.Module):
         return {"bits": self.bits, "signed": self.signed, "channels": self.channels}
 
 
-class IntegerWeight(nn.Module):
+class IntegerWeight(nn.Module):  # type: ignore[misc]  # the library carries no types
     """A weight matrix kept as integers with a scale per output feature, or per group of its input features.
 
     In a state dict the integers are bit-packed (`packed`, uint8), with `scale` and, for unsigned integers, `zero_point`.
@@ -167,7 +164,7 @@ class IntegerWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module):  # type: ignore[misc]  # the library carries no types
     """A linear layer with an integer weight, and activations rounded on their way in.
 
     Args:
@@ -189,7 +186,7 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class QuantizedPatchEmbedding(nn.Module):
+class QuantizedPatchEmbedding(nn.Module):  # type: ignore[misc]  # the library carries no types
     """A patch embedding's convolution, which is a linear layer on cut-out patches.
 
     Args:

@@ -38,6 +38,7 @@ from vitedge.train.validation import validate
 from vitedge.train.watch import Watcher
 
 LAST = "checkpoint.last.safetensors"
+FLOAT = "checkpoint.float.safetensors"
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ class _Steps:
         if isinstance(config, TrainConfig):
             record = self.train(index, config)
         else:
-            compressed = plugins.load("compress", name).apply(self.model, config, self.context(index))
+            technique = plugins.load("compress", name)
+            if hasattr(technique, "scheme"):  # the model as it was in float is what its quantized file is compared with
+                self.save(self.model, self.job.path.with_name(FLOAT))
+            compressed = technique.apply(self.model, config, self.context(index))
             trains_later = any(isinstance(c, TrainConfig) for _, c in self.job.recipe.steps[index:])
             if (compressed.losses or compressed.on_step) and not trains_later:
                 raise UsageError(
@@ -236,10 +240,14 @@ class _Steps:
         for _, compressed in reversed(self.active):
             model = compressed.convert(model) if compressed.convert is not None else model
         model.float().cpu()
+        self.save(model, path)
+        return model
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        """Process 0 writes a checkpoint of the model, with what techniques so far made of its architecture."""
         if self.processes.is_main:
             structure = tuple((name, c.structure(model)) for name, c in self.active if c.structure is not None)
             save_checkpoint(path, model, replace(self.meta, structure=structure))
-        return model
 
     def close(self) -> None:
         """Close the file of metrics."""
