@@ -151,7 +151,8 @@ def test_weights_listed_as_inputs_are_not_inputs(tmp_path: Path) -> None:
         (["QLinearMatMul"], "int8_static"),
         (["DequantizeLinear"], "int8_weights"),
         (["DynamicQuantizeLinear", "MatMulInteger"], "int8_dynamic"),
-        (["MatMulNBits"], "int4"),
+        (["MatMulNBits"], "int4_weights"),
+        (["QuantizeLinear", "MatMulNBits"], "int4"),
     ],
 )
 def test_the_scheme_is_read_off_the_operators(tmp_path: Path, operators: list[str], expected: str) -> None:
@@ -184,7 +185,7 @@ def test_an_ir_tells_its_contract_labels_and_both_files(tmp_path: Path) -> None:
     assert input_spec(artifact).shape == (None, 3, 8, 8)
 
 
-@pytest.mark.parametrize(("weights", "expected"), [("f32", "fp32"), ("f16", "fp16"), ("i8", "int8_weights"), ("u4", "int4")])
+@pytest.mark.parametrize(("weights", "expected"), [("f32", "fp32"), ("f16", "fp16"), ("i8", "int8_weights"), ("u4", "int4_weights")])
 def test_the_scheme_of_an_ir_is_read_off_its_weights(tmp_path: Path, weights: str, expected: str) -> None:
     assert open_artifact(_ir(tmp_path, weights=weights)).scheme == expected
 

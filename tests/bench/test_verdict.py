@@ -137,10 +137,13 @@ def test_one_round_gives_a_ratio_and_no_verdict():
             "no node in int8",
         ),
         ({}, ("avx512_vnni",), {**SCHEMES, "int8": "int8_static"}, "unknown"),
+        ({"precision": "fp32"}, ("avx512_vnni",), {**SCHEMES, "int8": "int4_weights"}, "unpacked as they are multiplied"),
+        ({"precision": "bf16"}, ("avx512_vnni",), {**SCHEMES, "int8": "int8_weights"}, "unpacked as they are multiplied"),
     ],
 )
 def test_cause_of_slower_comes_from_the_facts(changes, isa, schemes, words):
-    slow = make_measurement("int8", (50.0, 51.0, 49.0), sha256="int8", precision="int8", **{"node_counts": {"int8": 4}, **changes})
+    facts = {"precision": "int8", "node_counts": {"int8": 4}, **changes}
+    slow = make_measurement("int8", (50.0, 51.0, 49.0), sha256="int8", **facts)
     verdict = said([FP32, slow], isa=isa, schemes=schemes)[1]
     assert verdict.relation == "slower"
     assert words in verdict.cause

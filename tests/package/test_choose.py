@@ -58,6 +58,11 @@ def test_the_fp32_reference_drops_nothing_and_another_fp32_file_may() -> None:
     assert other.top1_drop is None
 
 
+def test_packed_weights_multiplied_in_fp32_are_not_the_reference() -> None:
+    (packed,) = rows(fp32(node_counts={"int8": 0, "float": 24, "quantize_left": 0, "int4_weights": 50}))
+    assert packed.top1_drop is None
+
+
 def test_bf16_of_the_fp32_file_is_a_candidate_of_its_own() -> None:
     bf16 = fp32(
         300, runtime="openvino", provider="CPU", precision="bf16", float_precision="bf16", top1_drop={"points": 0.1}, top1_agreement=99.0

@@ -121,6 +121,8 @@ def _with_cause(measurement: Measurement, others: Sequence[Measurement], scheme:
 def _why_slower(measurement: Measurement, scheme: str, isa: set[str]) -> str:
     """The likely cause, out of what is known of the row: its scheme, its graph as run, the host."""
     counts = measurement.node_counts
+    if scheme.endswith("_weights"):
+        return "packed weights save bytes, not arithmetic: they are unpacked as they are multiplied"
     if measurement.precision in ("bf16", "fp16"):
         missing = not {"amx_bf16", "avx512_bf16"} & isa
         return "this processor has no bf16 arithmetic" if missing else "so small a model does not repay converting between types"

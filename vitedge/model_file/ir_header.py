@@ -97,9 +97,10 @@ def _scheme(layers: list[ElementTree.Element], constants: list[tuple[str, int, i
     for kind, elements, _ in constants:
         counts[kind] = counts.get(kind, 0) + elements
     floats = {kind: counts.get(kind, 0) for kind in ("f32", "f16", "bf16")}
+    rounds_activations = any(layer.get("type") == "FakeQuantize" for layer in layers)
     if sum(counts.get(kind, 0) for kind in ("i4", "u4", "nf4")) > sum(floats.values()):
-        return "int4"
-    if any(layer.get("type") == "FakeQuantize" for layer in layers):
+        return "int4" if rounds_activations else "int4_weights"
+    if rounds_activations:
         return "int8_static"
     if sum(counts.get(kind, 0) for kind in ("i8", "u8")) > sum(floats.values()):
         return "int8_weights"

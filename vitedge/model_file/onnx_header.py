@@ -128,7 +128,7 @@ def _scheme(model: onnx.ModelProto) -> str:
     }
     types = [(tensor.data_type, _elements(tensor)) for tensor in _tensors(model)]
     if 4 in bits or ("DequantizeLinear" in operators and any(kind in _NIBBLES for kind, _ in types)):
-        return "int4"
+        return "int4" if "QuantizeLinear" in operators or operators & _DYNAMIC else "int4_weights"
     if operators & _DYNAMIC:
         return "int8_dynamic"
     if "QuantizeLinear" in operators or any(name.startswith("QLinear") or name == "QGemm" for name in operators):

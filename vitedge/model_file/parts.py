@@ -42,7 +42,7 @@ class Header:
 
     Attributes:
         files: The file and whatever it needs beside it.
-        scheme: `fp32`, `fp16`, `int8_dynamic`, `int8_static`, `int8_weights` or `int4`: guessed from the operators and
+        scheme: `fp32`, `fp16`, `int8_dynamic`, `int8_static`, `int8_weights`, `int4_weights` or `int4`: guessed from the operators and
             from the types of the weights, since a file does not say. What really runs in which type is the session's to tell.
         input: What the model takes.
         preprocessing: The contract's JSON, None where the file carries none.

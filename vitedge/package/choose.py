@@ -83,8 +83,10 @@ def read_rows(report: Any, device: str, where: str) -> list[Measured]:
 def _row(row: Mapping[str, Any]) -> Measured:
     drop = row.get("top1_drop")
     points = float(drop["points"]) if drop else None
-    # The fp32 row that drops are measured from has none of its own; its agreement is with itself.
-    if points is None and row.get("top1") is not None and row["precision"] == "fp32" and row.get("top1_agreement") in (None, 100.0):
+    # The fp32 row that drops are measured from has none of its own; its agreement is with itself. A file of packed weights
+    # multiplies in fp32 too, and is not that row.
+    is_float = row["precision"] == "fp32" and not any(kind.endswith("_weights") for kind in row.get("node_counts") or {})
+    if points is None and row.get("top1") is not None and is_float and row.get("top1_agreement") in (None, 100.0):
         points = 0.0
     return Measured(
         artifact=str(row["artifact"]),

@@ -1,8 +1,9 @@
 """Libraries that quantize ONNX files, one file each, behind one contract.
 
-A module offers `SCHEMES` (scheme name to its `Config`, a `vitedge.recipe.Scheme`), `NEEDS_CALIBRATION`
-(the scheme names that need images), `TAKES_RANGES` (those of them that take stored activation ranges
-instead), `HEAVY`, `EXTRA`, and `quantize(job) -> Artifact`.
+A module offers `SCHEMES` (scheme name to its `Config`, a `vitedge.recipe.Scheme`), `WEIGHT_BITS` (scheme name to
+the bits of a stored weight, unless its settings say more), `NEEDS_CALIBRATION` (the scheme names that need images),
+`TAKES_RANGES` (those of them that take stored activation ranges instead), `HEAVY`, `EXTRA`, and
+`quantize(job) -> Artifact`. A scheme whose name ends in `_weights` leaves activations alone.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from vitedge.errors import InputError, UsageError, closest
+from vitedge.model_file import input_spec
 from vitedge.quantize import Job
 
 
@@ -38,6 +39,16 @@ def calibration_images(job: Job) -> np.ndarray:
     if float(np.ptp(x_BCHW)) == 0.0:
         raise InputError("calibration images", expected="images that differ", found="one value everywhere", fix="check the data")
     return x_BCHW
+
+
+def example_input(job: Job) -> np.ndarray:
+    """One input that graph passes are checked on, float32 of the model's batch: calibration images, else a fixed wave."""
+    shape = input_spec(job.source).shape
+    sides = [side or 224 for side in shape[1:]]
+    batch = shape[0] or 1
+    if job.calibration is not None and len(job.calibration) >= batch:
+        return job.calibration[:batch]
+    return np.sin(np.arange(batch * int(np.prod(sides)), dtype=np.float32)).reshape(batch, *sides)
 
 
 def batches(x_BCHW: np.ndarray, batch_size: int, fixed: int | None = None) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: dynamic int8, and static int8 written as QuantizeLinear/DequantizeLinear pairs.
+"""ONNX Runtime: dynamic int8, static int8 written as QuantizeLinear/DequantizeLinear pairs, and int8 or int4 weights alone.
 
 What differs from the library's plain calls, each measured on DeiT-Ti (results/LOG.md):
 GELU is reordered so that the runtime fuses it, the patch embedding becomes a MatMul so that it shrinks and
@@ -27,8 +27,9 @@ from vitedge.host import tool_versions
 from vitedge.model_file import input_spec, write_contract
 from vitedge.quantize import Job
 from vitedge.quantize._calibrate import activation_ranges, as_library
+from vitedge.quantize._onnxruntime_weights import Int4Weights, Int8Weights, store_weights, takes
 from vitedge.quantize._ranges import Ranges, describe
-from vitedge.quantize._source import batches, calibration_images, matching
+from vitedge.quantize._source import batches, calibration_images, example_input, matching
 from vitedge.recipe import Scheme
 
 HEAVY = "onnxruntime"
@@ -59,7 +60,13 @@ class Int8Static(Int8Dynamic):
     attention: bool = Field(False, description="also quantize products of two activations: scores, and scores with values")
 
 
-SCHEMES: dict[str, type[Scheme]] = {"int8_dynamic": Int8Dynamic, "int8_static": Int8Static}
+SCHEMES: dict[str, type[Scheme]] = {
+    "int8_dynamic": Int8Dynamic,
+    "int8_static": Int8Static,
+    "int8_weights": Int8Weights,
+    "int4_weights": Int4Weights,
+}
+WEIGHT_BITS = {"int8_dynamic": 8, "int8_static": 8, "int8_weights": 8, "int4_weights": 4}
 
 
 @dataclass(frozen=True)
@@ -93,13 +100,18 @@ def quantize(job: Job) -> Artifact:
     is_static = job.scheme in NEEDS_CALIBRATION
     if is_static and job.ranges is None:
         calibration_images(job)  # refused before any work
-    config: Int8Dynamic = job.config
-    per_channel = job.rules.per_channel if config.per_channel is None else config.per_channel
-    settings = {**config.model_dump(mode="json"), "per_channel": per_channel, "reduce_range": bool(job.rules.reduce_range)}
+    config: Int8Dynamic | Int8Weights = job.config
     prepared = _prepare(job, config)
+    settings = config.model_dump(mode="json")
+    if isinstance(config, Int8Dynamic):
+        per_channel = job.rules.per_channel if config.per_channel is None else config.per_channel
+        settings |= {"per_channel": per_channel, "reduce_range": bool(job.rules.reduce_range)}
     notes: dict[str, Any] = {"settings": settings}
     try:
-        if is_static:
+        if isinstance(config, Int8Weights):
+            notes["bytes"] = store_weights(prepared.model, prepared.chosen, config)
+            quantized = prepared.model
+        elif is_static:
             settings["activation_type"] = settings["activation_type"] or job.rules.activation_type
             if job.ranges is not None:
                 ranges = job.ranges.match(prepared.model, prepared.chosen, str(job.source.path))
@@ -126,7 +138,7 @@ def quantize(job: Job) -> Artifact:
     return _write(job, quantized, notes, prepared)
 
 
-def _prepare(job: Job, config: Int8Dynamic) -> _Prepared:
+def _prepare(job: Job, config: Int8Dynamic | Int8Weights) -> _Prepared:
     model = onnx.load(job.source.path)
     constants_to_initializers(model.graph)  # the library looks for weights there only
     for position, node in enumerate(model.graph.node):
@@ -135,14 +147,16 @@ def _prepare(job: Job, config: Int8Dynamic) -> _Prepared:
     keep_conv = any(node.op_type == "Conv" and node.name in excluded for node in model.graph.node)
     names = [name for name in _PASSES if not (keep_conv and name == "patch_embed_matmul")]
     names += _STATIC_PASSES if job.scheme == "int8_static" else ()
-    results = run_passes(model, names, {input_spec(job.source).name: _example(job)})
-    constants = {tensor.name for tensor in model.graph.initializer}
+    results = run_passes(model, names, {input_spec(job.source).name: example_input(job)})
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     candidates = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
     attention = isinstance(config, Int8Static) and config.attention
     chosen = [
         node.name
         for node in candidates
-        if node.op_type in config.op_types and node.name not in excluded and (attention or node.input[1] in constants)
+        if node.op_type in config.op_types
+        and node.name not in excluded
+        and (takes(node, constants) if isinstance(config, Int8Weights) else attention or node.input[1] in constants)
     ]
     if not chosen:
         raise InputError(
@@ -153,16 +167,6 @@ def _prepare(job: Job, config: Int8Dynamic) -> _Prepared:
         )
     others = [node.name for node in candidates if node.name not in chosen]
     return _Prepared(model, chosen, others, {name: result.changed for name, result in zip(names, results, strict=True)})
-
-
-def _example(job: Job) -> np.ndarray:
-    """One input that the graph passes are checked on: a calibration image, else a fixed wave."""
-    shape = input_spec(job.source).shape
-    sides = [side or 224 for side in shape[1:]]
-    batch = shape[0] or 1
-    if job.calibration is not None and len(job.calibration) >= batch:
-        return job.calibration[:batch]
-    return np.sin(np.arange(batch * int(np.prod(sides)), dtype=np.float32)).reshape(batch, *sides)
 
 
 def _dynamic(prepared: _Prepared, settings: dict[str, Any]) -> onnx.ModelProto:

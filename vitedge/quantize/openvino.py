@@ -1,4 +1,4 @@
-"""OpenVINO IR in int8 by NNCF's post-training quantization, calibrated and bias-corrected.
+"""OpenVINO IR in int8 by NNCF's post-training quantization, calibrated and bias-corrected; or int8 or int4 weights alone.
 
 NNCF: https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
 SmoothQuant: Xiao et al. 2023, equation 4; it moves the scale of activation outliers into the weights. NNCF's
@@ -26,6 +26,7 @@ from vitedge.host import tool_versions
 from vitedge.model_file import input_spec
 from vitedge.model_file.ir_header import LABELS_INFO, PREPROCESSING_INFO
 from vitedge.quantize import Job
+from vitedge.quantize._openvino_weights import Int4Weights, Int8Weights, compress
 from vitedge.quantize._source import batches, calibration_images, matching
 from vitedge.recipe import Scheme
 from vitedge.runtimes._openvino_import import import_quietly
@@ -45,7 +46,8 @@ class Int8Static(Scheme):
     bias_correction: Literal["fast", "full", "off"] = Field("fast", description="shift biases by the mean error that rounding makes")
 
 
-SCHEMES: dict[str, type[Scheme]] = {"int8_static": Int8Static}
+SCHEMES: dict[str, type[Scheme]] = {"int8_static": Int8Static, "int8_weights": Int8Weights, "int4_weights": Int4Weights}
+WEIGHT_BITS = {"int8_static": 8, "int8_weights": 8, "int4_weights": 4}
 
 
 def quantize(job: Job) -> Artifact:
@@ -53,21 +55,28 @@ def quantize(job: Job) -> Artifact:
 
     Raises:
         UnavailableError: OpenVINO or NNCF is not installed.
-        UsageError: There are no calibration images, or an exclude pattern matches nothing.
+        UsageError: The scheme needs calibration images and there are none, or an exclude pattern matches nothing.
         InputError: Calibration images are unusable.
+        GateError: A graph pass changed the model's answers.
         VitedgeError: OpenVINO cannot read the model, or NNCF failed.
         OutputError: The files cannot be written.
     """
-    images = calibration_images(job)
+    images = calibration_images(job) if job.scheme in NEEDS_CALIBRATION else None
     try:
         openvino, nncf = import_quietly("openvino"), import_quietly("nncf")
     except ImportError as error:
-        raise extra_missing("scheme openvino.int8_static", "openvino") from error
+        raise extra_missing(f"scheme openvino.{job.scheme}", "openvino") from error
+    settings = job.config.model_dump(mode="json")
     with _library_errors(job), _quietly(nncf):
-        model = openvino.convert_model(str(job.source.path))
-        quantized, excluded = _quantize(nncf, model, images, job)
+        if images is None:
+            quantized, excluded, found = compress(openvino, nncf, job)
+            notes = {"settings": settings, "bytes": found}
+        else:
+            model = openvino.convert_model(str(job.source.path))
+            quantized, excluded = _quantize(nncf, model, images, job)
+            notes = {"settings": {**settings, "reduce_range": bool(job.rules.reduce_range)}}
         _describe(quantized, job)
-    return _write(job, openvino, quantized, excluded)
+    return _write(job, openvino, quantized, {**notes, "excluded": excluded})
 
 
 def _quantize(nncf: Any, model: Any, images: np.ndarray, job: Job) -> tuple[Any, list[str]]:
@@ -128,14 +137,13 @@ def _describe(model: Any, job: Job) -> None:
         model.set_rt_info(json.dumps(list(job.source.labels)), list(LABELS_INFO))
 
 
-def _write(job: Job, openvino: Any, model: Any, excluded: list[str]) -> Artifact:
+def _write(job: Job, openvino: Any, model: Any, notes: dict[str, Any]) -> Artifact:
     """Write both files under their final name once OpenVINO has compiled and read them."""
     from vitedge.runtimes import Target
     from vitedge.runtimes import openvino as engine
 
     name = f"openvino.{job.scheme}"
     folder = job.folder / name
-    config: Int8Static = job.config
     batch_size = input_spec(job.source).batch_size or 1
     with writing(folder) as temporary:
         temporary.mkdir()
@@ -157,11 +165,9 @@ def _write(job: Job, openvino: Any, model: Any, excluded: list[str]) -> Artifact
             tools=tool_versions(["openvino", "nncf"]),
         )
         facts = engine.load(artifact, Target("CPU", threads=1, batch_size=batch_size)).facts
-    settings = {**config.model_dump(mode="json"), "reduce_range": bool(job.rules.reduce_range)}
     notes = {
         "library": "openvino",
-        "settings": settings,
-        "excluded": excluded,
+        **notes,
         "node_counts": facts.node_counts,
         "size_ratio": job.source.size_bytes / artifact.size_bytes,
     }

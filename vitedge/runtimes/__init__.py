@@ -44,12 +44,14 @@ class Facts:
     Attributes:
         runtime, version: The engine.
         provider: Where it runs.
-        precision: fp32 | bf16 | fp16 | int8 | int4: the type of the heavy arithmetic.
+        precision: fp32 | bf16 | fp16 | int8: the type of the heavy arithmetic; of a file whose weights alone are integers that
+            is a float type, unless the engine may round activations to int8 as it multiplies.
         float_precision: Type of what stays in float in a quantized model.
         threads: Intra-operator threads.
         node_counts: Of the graph the engine really runs: nodes that are `int8`, `float`, and
-            `quantize_left` for Q/DQ nodes it did not fuse; `int4` where there are any, and on a GPU
-            `elsewhere` for nodes another provider took. `int8` and `float` count matrix products and convolutions.
+            `quantize_left` for Q/DQ nodes it did not fuse; on a GPU `elsewhere` for nodes another provider took.
+            `int8` and `float` count matrix products and convolutions; those that unpack integer weights as they
+            multiply are `int8_weights` and `int4_weights`, where there are any, and in neither.
     """
 
     runtime: str

@@ -33,7 +33,9 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 _GPU_FIX = "run: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
 _HEAVY_WORDS = ("MatMul", "Gemm", "Conv", "Attention")
 _INT8 = {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "QGemm", "QAttention"}
-_INT4 = {"MatMulNBits", "MatMulBnb4"}
+# Products whose weights alone are integers: unpacked as they are multiplied, in float unless the file lets it be int8.
+_PACKED = {"MatMulNBits", "MatMulBnb4"}
+_INT8_ARITHMETIC = 4  # MatMulNBits' `accuracy_level`; it says what is allowed, and no profile says what a kernel took
 _FLOATS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _ERROR_LEVEL = 3  # ONNX Runtime's warnings are about its own internals; its errors come as exceptions
 _UNKNOWN_SIDE = 224  # pixels, for a model that leaves them free and carries no contract
@@ -205,7 +207,8 @@ def _describe(artifact: Artifact, target: Target, symbol: str, shape: tuple[int 
     nodes = _executed(artifact, target, symbol, shape)
     if target.provider != CPU:
         _refuse_elsewhere([(node["op_name"], node["provider"]) for node in nodes], target)
-    counts, precision, float_precision = _summarize(nodes)
+    packed = any(node["op_name"] in _PACKED for node in nodes)
+    counts, precision, float_precision = _summarize(nodes, packed_products(artifact.path) if packed else {})
     if target.provider == TENSORRT:  # its engines do not say what is inside: what they were allowed, and the file's own types
         float_precision = target.precision
         precision = "int8" if artifact.scheme.startswith("int8") else target.precision
@@ -222,29 +225,49 @@ def _describe(artifact: Artifact, target: Target, symbol: str, shape: tuple[int 
     return Facts("onnxruntime", version, target.provider, precision, float_precision, target.threads, counts)
 
 
-def _summarize(nodes: list[dict[str, Any]]) -> tuple[dict[str, int], str, str]:
-    """Node counts, precision and float precision of a profile's kernel events."""
+def _summarize(nodes: list[dict[str, Any]], packed: dict[str, tuple[int, bool]]) -> tuple[dict[str, int], str, str]:
+    """Node counts, precision and float precision of a profile's kernel events; `packed` as `packed_products` gives it."""
     names = [node["op_name"] for node in nodes]
     counts = {
-        "int8": sum(name in _INT8 or name.startswith("QLinear") for name in names),
-        "float": sum(_is_heavy(name) and not _is_quantized(name) for name in names),
+        "int8": sum(_is_int8(name) for name in names),
+        "float": sum(_is_heavy(name) and not _is_int8(name) and name not in _PACKED for name in names),
         "quantize_left": sum(name in ("QuantizeLinear", "DequantizeLinear") for name in names),
     }
-    if any(name in _INT4 for name in names):
-        counts["int4"] = sum(name in _INT4 for name in names)
+    stored = [packed.get(node["node_name"], packed[""]) for node in nodes if node["op_name"] in _PACKED]
+    for bits in sorted({bits for bits, _ in stored}):
+        counts[f"int{bits}_weights"] = sum(own == bits for own, _ in stored)
     floats: Counter[str] = Counter()
     for node in nodes:
         if _is_heavy(node["op_name"]):
             kinds = {kind for value in (*node["input_type_shape"], *node["output_type_shape"]) for kind in value}
             floats.update(_FLOATS[kind] for kind in kinds if kind in _FLOATS)
     float_precision = floats.most_common(1)[0][0] if floats else "fp32"
-    if any(_is_heavy(name) and _is_quantized(name) and name not in _INT4 for name in names):
-        return counts, "int8", float_precision
-    return counts, "int4" if "int4" in counts else float_precision, float_precision
+    multiplies_int8 = any(_is_heavy(name) and _is_int8(name) for name in names) or any(allowed for _, allowed in stored)
+    return counts, "int8" if multiplies_int8 else float_precision, float_precision
 
 
-def _is_quantized(operator: str) -> bool:
-    return operator in _INT8 or operator in _INT4 or operator.startswith("QLinear")
+def _is_int8(operator: str) -> bool:
+    return operator in _INT8 or operator.startswith("QLinear")
+
+
+def packed_products(path: Path) -> dict[str, tuple[int, bool]]:
+    """Bits of each packed product's weights by node name, and whether it may multiply in int8.
+
+    The entry without a name is for those that ONNX Runtime makes itself of a DequantizeLinear by blocks and a MatMul; they
+    get its `session.qdq_matmulnbits_accuracy_level`, which is 4 where nobody sets it.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    found: dict[str, tuple[int, bool]] = {}
+    for node in graph.node:
+        if node.op_type in _PACKED:
+            values = {attribute.name: attribute.i for attribute in node.attribute}
+            found[node.name] = (values.get("bits", 4), values.get("accuracy_level", 0) == _INT8_ARITHMETIC)
+    nibbles = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    made_of_blocks = (4 if any(tensor.data_type in nibbles for tensor in graph.initializer) else 8, True)
+    # A product that a fusion renamed is like those of the file, where they are all alike.
+    return {"": next(iter(found.values())) if len(set(found.values())) == 1 else made_of_blocks, **found}
 
 
 def _executed(artifact: Artifact, target: Target, symbol: str, shape: tuple[int | None, ...]) -> list[dict[str, Any]]:
@@ -279,7 +302,9 @@ def _executed(artifact: Artifact, target: Target, symbol: str, shape: tuple[int 
                 fix="check that the file is still there and that memory is free",
             )
         events = json.loads(found[0].read_text(encoding="utf-8"))
-    return [event["args"] for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+    end = "_kernel_time"
+    kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith(end)]
+    return [{**event["args"], "node_name": event["name"].removesuffix(end)} for event in kernels]
 
 
 def profile(request: str, folder: str) -> None:

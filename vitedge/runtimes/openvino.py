@@ -28,7 +28,7 @@ _DEVICES = ("CPU", "GPU", "NPU")
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 _INT8 = ("i8", "u8")
-_INT4 = ("i4", "u4")
+_BITS = {"i8": 8, "u8": 8, "i4": 4, "u4": 4}
 _HEAVY_LAYERS = {"FullyConnected", "MatMul", "Convolution", "GroupConvolution", "MHA", "ScaledDotProductAttention", "QKVProjection"}
 _MOVES = {"Convert", "Multiply", "Subtract", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "VariadicSplit"}
 _BF16_ISA = {"avx512_bf16", "amx_bf16"}
@@ -186,6 +186,8 @@ def _read_back(compiled: Any, target: Target) -> dict[str, Any]:
         "provider": f"AUTO:{device}" if target.provider == "AUTO" else target.provider,
         "precision": _TYPES.get(hint, hint),
         "threads": int(read("INFERENCE_NUM_THREADS")) if device == "CPU" else 0,  # only a CPU has them
+        # Activations that meet packed weights in fp32 are rounded to int8 by groups of so many; 32 unless the file says 0.
+        "rounds_activations": device == "CPU" and hint == "f32" and int(read("DYNAMIC_QUANTIZATION_GROUP_SIZE") or 0) > 0,
     }
 
 
@@ -205,7 +207,7 @@ def _describe(compiled: Any, artifact: Artifact, properties: dict[str, Any]) -> 
         info = node.get_rt_info()
         layer, kind = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
         if layer in _HEAVY_LAYERS:
-            kinds.append(kind)
+            kinds.append(_packed_weights(node) or kind)
         elif layer == "FakeQuantize":
             quantizers += 1
         elif layer == "Subgraph":
@@ -217,13 +219,23 @@ def _describe(compiled: Any, artifact: Artifact, properties: dict[str, Any]) -> 
         "float": sum(kind in _TYPES for kind in kinds),
         "quantize_left": quantizers,
     }
-    if any(kind in _INT4 for kind in kinds):
-        counts["int4"] = sum(kind in _INT4 for kind in kinds)
+    counts |= {kind: count for kind, count in sorted(Counter(kinds).items()) if kind.endswith("_weights")}
     floats = Counter(_TYPES[kind] for kind in kinds if kind in _TYPES)
     float_precision = floats.most_common(1)[0][0] if floats else str(properties["precision"])
-    precision = "int8" if counts["int8"] else "int4" if counts.get("int4") else float_precision
+    rounds = properties["rounds_activations"] and any(kind.endswith("_weights") for kind in kinds)
     version = tool_versions(["openvino"])["openvino"]
+    precision = "int8" if counts["int8"] or rounds else float_precision
     return Facts("openvino", version, properties["provider"], precision, float_precision, properties["threads"], counts)
+
+
+def _packed_weights(node: Any) -> str:
+    """What a layer that unpacks its weights as it multiplies counts as, empty for any other.
+
+    It reads activations in float beside weights that are integers; the type it tells of itself is that of the weights.
+    """
+    inputs = [value.get_element_type().get_type_name() for value in node.input_values()[:2]]
+    packed = len(inputs) == 2 and inputs[0] in _TYPES and inputs[1] in _BITS
+    return f"int{_BITS[inputs[1]]}_weights" if packed else ""
 
 
 def _has_quantized_inputs(node: Any) -> bool:
