@@ -11,6 +11,8 @@ from vitedge.cli.main import run
 from vitedge.model_file import open_artifact, write_contract
 
 DYNAMIC, STATIC, OPENVINO = "onnxruntime.int8_dynamic", "onnxruntime.int8_static", "openvino.int8_static"
+PACKED = ("onnxruntime.int8_weights", "onnxruntime.int4_weights")
+PACKED_OPENVINO = ("openvino.int8_weights", "openvino.int4_weights")
 
 
 @pytest.fixture
@@ -37,16 +39,17 @@ def test_builds_all_schemes_and_reports_them(model: Path, colours: Path, tmp_pat
     assert run(["quantize", str(model), "--data", str(colours), "--images", "16", "-o", str(out), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["schema_version"] == 1 and result["not_built"] == [] and result["device"] == "cpu"
-    assert [row["scheme"] for row in result["artifacts"]] == [DYNAMIC, STATIC, OPENVINO]
+    assert [row["scheme"] for row in result["artifacts"]] == [DYNAMIC, STATIC, *PACKED, OPENVINO, *PACKED_OPENVINO]
     for row in result["artifacts"]:
         made = open_artifact(row["path"])
         assert made.sha256 == row["sha256"] and made.size_bytes == row["size_bytes"] and made.contract() == tiny.CONTRACT
-        assert row["node_counts"]["int8"] == 4
+        assert sum(row["node_counts"].get(kind, 0) for kind in ("int8", "int8_weights", "int4_weights")) == 4
         assert row["size_ratio"] == result["source"]["size_bytes"] / row["size_bytes"]
         # Twelve of the 120 train images are the validation part; calibration saw none of them.
         assert row["agreement_images"] == 12 and 0 <= row["top1_agreement"] <= 100 and row["sqnr_db"] > 10
-        assert (row["calibration"] or {}).get("images") == (None if row["scheme"] == DYNAMIC else 16)
-    assert sorted(path.name for path in out.iterdir()) == ["model.int8_dynamic.onnx", "model.int8_static.onnx", OPENVINO]
+        assert (row["calibration"] or {}).get("images") == (16 if row["scheme"] in (STATIC, OPENVINO) else None)
+    files = [f"model.{name.partition('.')[2]}.onnx" for name in (DYNAMIC, STATIC, *PACKED)]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*files, OPENVINO, *PACKED_OPENVINO])
 
 
 def test_prints_a_table_for_people(model: Path, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +76,7 @@ def test_without_data_builds_what_needs_none_and_says_the_rest(model: Path, tmp_
     assert run(["quantize", str(model), "-o", str(tmp_path / "out"), "--json"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
-    assert [row["scheme"] for row in result["artifacts"]] == [DYNAMIC]
+    assert [row["scheme"] for row in result["artifacts"]] == [DYNAMIC, *PACKED, *PACKED_OPENVINO]
     assert result["artifacts"][0]["top1_agreement"] is None and "--data" in result["artifacts"][0]["agreement_reason"]
     assert [entry["scheme"] for entry in result["not_built"]] == [STATIC, OPENVINO]
     assert all("--data" in entry["reason"] for entry in result["not_built"])

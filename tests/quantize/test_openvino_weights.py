@@ -85,7 +85,7 @@ def test_where_the_bytes_went(int4: Artifact) -> None:
     found = int4.notes["bytes"]
     kept = {name: weight for name, weight in tiny.weights().items() if weight.ndim == 1}
     assert sum(weight.nbytes for weight in kept.values()) <= found["float_bytes"] <= sum(weight.nbytes for weight in kept.values()) + 64
-    assert found["largest_in_float"][0]["bytes"] == 4 * tiny.HIDDEN
+    assert found["largest_in_float"][0] == {"tensor": "input of /mlp/fc1/Add", "bytes": 4 * tiny.HIDDEN}
     codes = (48 * 16 + 16 * 32 + 32 * 16) // 2 + 16 * 4
     assert codes < found["packed_bytes"] < codes * 1.2  # and zero points
     assert found["packed_bytes"] + found["scale_bytes"] + found["float_bytes"] <= int4.files[1].stat().st_size

@@ -7,6 +7,7 @@ that asks for fp32 too: 2 dB of the logits of a DeiT-Ti. The file itself can say
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -103,6 +104,13 @@ def _as_openvino(openvino: Any, job: Job) -> Any:
         return openvino.convert_model(str(path))
 
 
+def _name(constant: Any) -> str:
+    """A constant's own name, or whose input it is: OpenVINO names what has none after a counter of the whole process."""
+    name = str(constant.get_friendly_name())
+    readers = [port.get_node().get_friendly_name() for port in constant.output(0).get_target_inputs()]
+    return f"input of {sorted(readers)[0]}" if readers and re.fullmatch(r"Constant_\d+", name) else name
+
+
 def _bytes(model: Any) -> dict[str, Any]:
     sizes: Counter[str] = Counter()
     groups: Counter[str] = Counter()
@@ -113,7 +121,7 @@ def _bytes(model: Any) -> dict[str, Any]:
         kind, shape = op.get_element_type().get_type_name(), list(op.get_output_shape(0))
         sizes[kind] += op.get_byte_size()
         if kind in _FLOAT:
-            floats[op.get_friendly_name()] = op.get_byte_size()
+            floats[_name(op)] = floats.get(_name(op), 0) + op.get_byte_size()
         elif kind in _PACKED and shape[-1] > 1:  # a zero point stands alone along the channels it is for
             groups[f"{kind} by {shape[-1]}" if len(shape) == 3 else f"{kind} by channel"] += 1
     largest = sorted(floats, key=lambda name: (-floats[name], name))[:_LISTED]
