@@ -23,12 +23,13 @@ from vitedge.artifact import MANIFEST, Artifact, Manifest, digest_of, hash_files
 from vitedge.data.sample import sample
 from vitedge.device import Device, resolve_rules
 from vitedge.errors import UsageError, extra_missing
+from vitedge.guard import GuardJob, can_guard, guard
 from vitedge.host import probe_host, tool_versions
 from vitedge.models.weights import WeightsSource, locate
 from vitedge.progress import Progress, silent
 from vitedge.quantize import Job
 from vitedge.quantize._ranges import StoredRanges, in_place_of_images
-from vitedge.recipe import Recipe
+from vitedge.recipe import GuardConfig, Recipe, Scheme
 from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds
 from vitedge.train.watch import CURVES, METRICS, TENSORBOARD
 
@@ -130,10 +131,11 @@ class Pipeline:
         )
         for name, config in self.recipe.quantize.schemes:
             stage = f"quantize {name}"
-            if self._needs_images(name) and not self.data_source:
-                ranges, why = self._stored_ranges(name, config)
+            kind = "validation" if self._guard_of(config) else "calibration" if self._needs_images(name) else ""
+            if kind and not self.data_source:
+                ranges, why = self._stored_ranges(name, config) if kind == "calibration" else (None, "")
                 if ranges is None:
-                    reason = f"needs calibration images{why and f' ({why})'}; run `vitedge export --recipe {self.recipe.name} --data PATH`"
+                    reason = f"needs {kind} images{why and f' ({why})'}; run `vitedge export --recipe {self.recipe.name} --data PATH`"
                     plans.append(StagePlan(stage, "skip", f"{reason}, or set VITEDGE_DATA", {}, 0.0))
                     continue
             after = "export" if plans[1].action == "run" else None
@@ -218,6 +220,8 @@ class Pipeline:
             ranges, _ = self._stored_ranges(name, config)
             inputs |= {"calibration": self.recipe.quantize.calibration.model_dump(mode="json"), "data": self._data_digest}
             inputs |= {"ranges": digest_of(ranges.model_dump(mode="json"))} if ranges else {}
+        if asked := self._guard_of(config):
+            inputs |= {"guard": asked.model_dump(mode="json"), "data": self._data_digest}
         return inputs
 
     def _inputs_now(self, plan: StagePlan) -> dict[str, Any]:
@@ -232,6 +236,9 @@ class Pipeline:
     def _stored_ranges(self, name: str, config: Any) -> tuple[StoredRanges | None, str]:
         """Activation ranges kept with the embedded checkpoint, where there are no images to measure them on; or why not."""
         return (None, "") if self.data_source else in_place_of_images(name, config, self.recipe, self.weights.ranges, self.weights.digest())
+
+    def _guard_of(self, config: Scheme) -> GuardConfig | None:
+        return self.recipe.quantize.guard if can_guard(config) else None
 
     @staticmethod
     def _needs_images(name: str) -> bool:
@@ -318,9 +325,12 @@ class Pipeline:
         progress = bar(f"quantize {name}")
         progress(0, 1)
         source = self.manifest.artifacts["model.fp32.onnx"]
-        artifact: Artifact = quantizer.quantize(
-            Job(source, scheme, config, self.rules, images, calibration.batch_size, self.root, progress, ranges)
-        )
+        job = Job(source, scheme, config, self.rules, images, calibration.batch_size, self.root, progress, ranges)
+        if (asked := self._guard_of(config)) and self.dataset is not None:
+            threads = self.device.threads or probe_host().usable_cores
+            artifact = guard(GuardJob(job, library, asked, self.dataset.validation, threads))
+        else:
+            artifact = plugins.load("quantize", library).quantize(job)
         progress(1, 1)
         if used:
             artifact = replace(artifact, notes={**artifact.notes, "calibration": used})

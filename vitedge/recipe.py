@@ -155,11 +155,28 @@ class Scheme(Section):
     """Base of a quantizing scheme's own settings."""
 
 
+class GuardConfig(Section):
+    """How much top-1 a quantized file may lose on validation images before layers are left in float, the most sensitive first."""
+
+    max_top1_drop: float = Field(0.3, ge=0, le=100, description="top-1 points below the fp32 model on the same validation images")
+    minutes: float = Field(10, ge=0, description="time for each file; the first is built and judged in any case")
+    images: int | None = Field(None, ge=1, description="validation images to judge on; null: all of them")
+
+
 class QuantizeConfig(Section):
     """Which int8 files are built. A scheme is written `library.scheme: {settings}`."""
 
     calibration: CalibrationConfig = CalibrationConfig()
     schemes: tuple[tuple[str, SerializeAsAny[Scheme]], ...] = ()
+    guard: GuardConfig | None = Field(
+        None, description="leave layers of these files in float until they lose little enough; null: no layers"
+    )
+
+    @model_validator(mode="after")
+    def _something_to_guard(self) -> QuantizeConfig:
+        if self.guard and not any("exclude" in type(config).model_fields for _, config in self.schemes):
+            raise ValueError("a scheme that can leave layers in float (one with `exclude`) beside guard")
+        return self
 
 
 class Limits(Section):

@@ -69,6 +69,9 @@ def estimate_seconds(recipe: Recipe, stage: str) -> float:
             per_image = {"small": 3.4e-3, "small_pooled": 2.6e-3, "own": 0.2e-3}[model.stem] * (model.side / 32) ** 2
         images = [(c.steps * c.batch_size if c.steps else c.epochs * 45_000) * (1 - c.patch_drop) for c in steps]
         return 5.0 + sum(images) * per_image
+    guard = recipe.quantize.guard if stage.startswith("quantize ") else None
+    if guard:
+        return max(60.0 * guard.minutes, 30.0)  # at most, where the limit is not met at once
     return 25.0 if stage == "export" or "static" in stage else 8.0
 
 

@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitedge.cli._build import build, build_options, open_pipeline, plan_json
+from vitedge.cli._guard import show_guards
 from vitedge.cli._output import emit_json, say
 
 if TYPE_CHECKING:
     from vitedge.artifact import Manifest
+    from vitedge.pipeline import Pipeline
     from vitedge.stage import StagePlan
 
 
 @click.command("export")
 @build_options
-def command(recipe: str, device: str, dry_run: bool, overwrite: bool, as_json: bool, **where: Any) -> None:
+def command(recipe: str, device: str, dry_run: bool, overwrite: bool, as_json: bool, **where: Any) -> int:
     """Build a recipe: train what has to be trained, export to ONNX, quantize to int8.
 
-    Only stages that are missing or stale run; an interrupted build goes on where it stopped.
+    Only stages that are missing or stale run; an interrupted build goes on where it stopped. Exit code 3: a file
+    loses more than the recipe's `quantize.guard` allows; it is written all the same.
 
     \b
     vitedge export --recipe deit_tiny_int8                the embedded model; needs no data and no network
@@ -35,6 +38,14 @@ def command(recipe: str, device: str, dry_run: bool, overwrite: bool, as_json: b
         emit_json(plain)
     elif manifest is not None:
         _show(manifest, plans, device)
+    return show_guards(manifest.artifacts[name] for name in _guarded(pipeline, manifest)) if manifest is not None else 0
+
+
+def _guarded(pipeline: Pipeline, manifest: Manifest) -> list[str]:
+    """Names of the files that this recipe makes; a folder may hold others from before."""
+    from vitedge.stage import artifact_name
+
+    return [artifact_name(scheme) for scheme, _ in pipeline.recipe.quantize.schemes if artifact_name(scheme) in manifest.artifacts]
 
 
 def _show(manifest: Manifest, plans: list[StagePlan], device: str) -> None:

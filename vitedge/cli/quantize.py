@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vitedge.cli._guard import show_guards
 from vitedge.cli._output import data_option, device_option, emit_json, json_option, progress_bars, say, seed_option
 
 if TYPE_CHECKING:
     from vitedge.artifact import Artifact
     from vitedge.quantize._alone import TrainImages
+    from vitedge.recipe import GuardConfig
 
 
 @click.command()
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 @click.option("--method", type=click.Choice(["minmax", "percentile", "entropy"]), help="How ONNX Runtime's static scheme chooses ranges.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Nodes that stay in float, by name (*, ?), repeatable.")
 @click.option("--smooth-quant-alpha", type=click.FloatRange(0, 1), help="SmoothQuant of OpenVINO's static scheme.")
+@click.option("--max-top1-drop", type=click.FloatRange(0, 100), help="Leave layers in float until no more points are lost on validation.")
+@click.option("--guard-minutes", type=click.FloatRange(0), help="Time for that, each file.  [default: 10]")
 @seed_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: FILE's name + .int8, here]")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
@@ -38,16 +42,18 @@ def command(
     method: str | None,
     exclude: tuple[str, ...],
     smooth_quant_alpha: float | None,
+    max_top1_drop: float | None,
+    guard_minutes: float | None,
     seed: int | None,
     output: Path | None,
     overwrite: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Quantize FILE, a float ONNX classifier of vitedge or not, for a device.
 
     Static schemes read activation ranges off train images (--data or VITEDGE_DATA), preprocessed as the
     file says; a file that does not say takes a recipe's with --recipe. Agreement with fp32 is measured
-    on train images that calibration did not see.
+    on train images that calibration did not see. Exit code 3: a file loses more than --max-top1-drop.
     """
     from vitedge.device import load_device, resolve_rules
     from vitedge.errors import UnavailableError, UsageError
@@ -57,6 +63,7 @@ def command(
     from vitedge.recipe import load_recipe
 
     story = load_recipe(recipe) if recipe else None
+    limit = _guard_config(max_top1_drop, guard_minutes)
     given = {"method": method, "exclude": exclude or None, "smooth_quant_alpha": smooth_quant_alpha}
     chosen = _alone.configure(list(schemes) or _alone.all_schemes(), {k: v for k, v in given.items() if v is not None})
     source = _alone.with_contract(_open_float(open_artifact(file)), story)
@@ -80,12 +87,13 @@ def command(
         data_source, spec = _alone.find_data(source, data, story)
         pictures = _alone.load_images(source, data_source, spec, images, seed or 0)
     except UsageError as error:
-        if data or any(_alone.needs_images(name) for name in schemes):
+        if data or limit or any(_alone.needs_images(name) for name in schemes):
             raise
         why_none = str(error)
         skipped |= {name: f"no calibration images ({why_none})" for name, _ in todo if _alone.needs_images(name)}
     with progress_bars() as bar:
-        built = _build(source, [entry for entry in todo if entry[0] not in skipped], rules, pictures, seed or 0, folder, bar)
+        wanted = [entry for entry in todo if entry[0] not in skipped]
+        built = _build(source, wanted, rules, pictures, seed or 0, folder, bar, limit, threads)
     rows = _judge(source, built, pictures, why_none, threads)
     if as_json:
         emit_json(_plain(source, profile.name, rows, skipped))
@@ -93,6 +101,18 @@ def command(
         print_table(rows, source, folder)
     for name, reason in skipped.items():
         say(f"not built: {name}: {reason}")
+    return show_guards(artifact for _, artifact in built)
+
+
+def _guard_config(max_top1_drop: float | None, minutes: float | None) -> GuardConfig | None:
+    from vitedge.errors import UsageError
+    from vitedge.recipe import GuardConfig
+
+    if max_top1_drop is None:
+        if minutes is not None:
+            raise UsageError("--guard-minutes", expected="--max-top1-drop beside it", found="no limit", fix="add --max-top1-drop POINTS")
+        return None
+    return GuardConfig(max_top1_drop=max_top1_drop, **({} if minutes is None else {"minutes": minutes}))
 
 
 def _plain(source: Artifact, device: str, rows: list[dict[str, Any]], skipped: dict[str, str]) -> dict[str, Any]:
@@ -135,11 +155,20 @@ def check_outputs(file: Path, folder: Path, names: list[str], overwrite: bool) -
 
 
 def _build(
-    source: Any, todo: Any, rules: Any, pictures: TrainImages | None, seed: int, folder: Path, bar: Any
+    source: Any,
+    todo: Any,
+    rules: Any,
+    pictures: TrainImages | None,
+    seed: int,
+    folder: Path,
+    bar: Any,
+    limit: GuardConfig | None,
+    threads: int,
 ) -> list[tuple[str, Artifact]]:
     from dataclasses import replace
 
     from vitedge import plugins
+    from vitedge.guard import GuardJob, can_guard, guard
     from vitedge.quantize import Job
     from vitedge.quantize._alone import needs_images
     from vitedge.recipe import CalibrationConfig
@@ -151,7 +180,10 @@ def _build(
         progress(0, 1)
         calibration = pictures.calibration if pictures is not None and needs_images(name) else None
         job = Job(source, scheme, config, rules, calibration, CalibrationConfig().batch_size, folder, progress)
-        artifact = plugins.load("quantize", library).quantize(job)
+        if limit is not None and pictures is not None and can_guard(config):
+            artifact = guard(GuardJob(job, library, limit, pictures.validation, threads))
+        else:
+            artifact = plugins.load("quantize", library).quantize(job)
         if pictures is not None and calibration is not None:
             used = {"images": len(calibration), "seed": seed, "data": pictures.label, "split": "train"}
             artifact = replace(artifact, notes={**artifact.notes, "calibration": used})
@@ -182,6 +214,7 @@ def _judge(
                 "node_counts": artifact.notes["node_counts"],
                 "settings": artifact.notes["settings"],
                 "calibration": artifact.notes.get("calibration"),
+                "guard": artifact.notes.get("guard"),
                 "top1_agreement": found.top1_agreement if found else None,
                 "sqnr_db": found.sqnr_db if found else None,
                 "agreement_images": len(reference_BC) if reference_BC is not None else 0,

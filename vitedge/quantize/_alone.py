@@ -29,11 +29,13 @@ class TrainImages:
         calibration: Ranges are read from these.
         held_out: Agreement is measured on these; of the validation part, so disjoint from the others.
         label: What results call the data set.
+        validation: The whole validation part, with labels and not preprocessed: what an accuracy guard judges on.
     """
 
     calibration: np.ndarray
     held_out: np.ndarray
     label: str
+    validation: datasets.Split
 
 
 def all_schemes() -> list[str]:
@@ -154,7 +156,7 @@ def load_images(artifact: Artifact, source: datasets.Source, spec: DataSpec, cou
     for split, wanted in ((dataset.train, count), (dataset.validation, HELD_OUT_IMAGES)):
         chosen = generator.permutation(len(split.images))[:wanted]
         picks.append(contract(split.images[int(i)] for i in chosen))
-    return TrainImages(picks[0], picks[1], dataset.label)
+    return TrainImages(picks[0], picks[1], dataset.label, dataset.validation)
 
 
 def logits(artifact: Artifact, x_BCHW: np.ndarray, threads: int, batch_size: int = 32) -> np.ndarray:
