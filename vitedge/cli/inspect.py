@@ -1,0 +1,207 @@
+"""Look inside a model: LayerNorm ranges, attention values, SQNR per node, and where int8 really runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitedge.cli._output import data_option, emit_json, json_option, progress_bars, say, seed_option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vitedge.inspect.placement import Placed
+    from vitedge.inspect.run import Inspection, QuantizedFile
+
+JSON_NAME = "inspect.json"
+_ROWS = 8  # of a table; the rest is in the JSON file
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--against", type=click.Path(path_type=Path), metavar="FP32.onnx", help="Float parent of quantized files.  [default: the manifest's]"
+)
+@data_option
+@click.option("--recipe", metavar="NAME|PATH", help="Take the preprocessing and the data set from it, for a file that carries none.")
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Train images to look with.")
+@seed_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: MODEL's name + .inspect, here]")
+@click.option("--no-pictures", is_flag=True, help="Write no PNG files; matplotlib is then not needed.")
+@json_option
+def command(
+    model: Path,
+    against: Path | None,
+    data: str | None,
+    recipe: str | None,
+    images: int,
+    seed: int | None,
+    output: Path | None,
+    no_pictures: bool,
+    as_json: bool,
+) -> None:
+    """Look inside MODEL: a build folder, a checkpoint, an ONNX file, or an OpenVINO .xml or its folder.
+
+    Shown, and written into a folder as JSON and pictures: how far the channels of each LayerNorm's input reach, what 4 bits keep of
+    attention values on a uniform and on a log2 grid, SQNR of each product of a quantized file against its float parent, and which
+    products the runtime really runs in int8. Values are those of train images (--data or VITEDGE_DATA).
+    """
+    from vitedge.artifact import write_json
+    from vitedge.cli.bench import result_console
+    from vitedge.host import probe_host
+    from vitedge.inspect.images import load_images
+    from vitedge.inspect.pictures import check_matplotlib, write_pictures
+    from vitedge.inspect.run import find_subject, inspect_model, with_contract
+    from vitedge.recipe import load_recipe
+
+    story = load_recipe(recipe) if recipe else None
+    folder = output or Path(f"{model.resolve().name if model.is_dir() else model.stem}.inspect")
+    check_folder(folder)
+    if not no_pictures:
+        check_matplotlib()
+    subject = with_contract(find_subject(model, against), story.contract() if story else None)
+    pictures = load_images(subject.looked_at, subject.folder, data, story, images, seed or 0)
+    with progress_bars() as bar:
+        found = inspect_model(subject, pictures, probe_host().usable_cores, bar)
+    plain = found.to_plain()
+    drawn = [] if no_pictures else [path.name for path in write_pictures(found, folder)]
+    plain["folder"], plain["pictures"] = str(folder), drawn
+    write_json(folder / JSON_NAME, plain)
+    if as_json:
+        emit_json(plain)
+    else:
+        print_tables(result_console(), found)
+    for name, reason in found.subject.left_out:
+        say(f"not looked at: {name}: {reason}")
+    say(f"written to {folder}: {', '.join([JSON_NAME, *drawn])}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to write beside files of something else, before any work.
+
+    Raises:
+        UsageError: A file of that name, or a folder with other files in it.
+    """
+    from vitedge.errors import UsageError
+
+    if folder.is_file():
+        raise UsageError(str(folder), expected="a folder", found="a file of that name", fix="choose another folder with -o")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / JSON_NAME).is_file():
+        raise UsageError(
+            str(folder),
+            expected="an empty folder or one of an earlier inspection",
+            found="other files",
+            fix="choose another folder with -o",
+        )
+
+
+def print_tables(console: Console, found: Inspection) -> None:
+    """The result for people, on stdout."""
+    name, images = found.subject.looked_at.name, found.images
+    console.print(f"{name} with {len(images.x_BCHW)} train images of {images.label}, seed {images.seed}")
+    _print_norms(console, found)
+    _print_attention(console, found)
+    for file in found.files:
+        _print_placement(console, file)
+        _print_sqnr(console, file)
+
+
+def _table(console: Console, title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Any:
+    from rich.table import Table
+
+    console.print(f"\n[bold]{title}[/bold]")
+    table = Table()
+    for heading in left:
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _print_norms(console: Console, found: Inspection) -> None:
+    if not found.norms:
+        console.print(f"LayerNorm inputs: {found.missing_norms}")
+        return
+    rows = sorted((norm.to_plain() for norm in found.norms), key=lambda row: -row["spread"])
+    headings = ("channels", "median range", "widest range", "of channel", "spread")
+    table = _table(console, "LayerNorm inputs, widest spread first", ("layer",), headings)
+    for row in rows[:_ROWS]:
+        figures = (str(row["channels"]), f"{row['median_range']:.3g}", f"{row['widest_range']:.3g}", str(row["widest_channel"]))
+        table.add_row(row["layer"], *figures, f"{row['spread']:.1f}")
+    console.print(table)
+    _print_rest(console, len(rows))
+    console.print("spread: range of the widest channel over the median channel's; one scale for a layer has to cover the widest")
+
+
+def _print_attention(console: Console, found: Inspection) -> None:
+    if not found.attentions:
+        console.print(f"attention: {found.missing_attentions}")
+        return
+    rows = sorted((lost.to_plain() for lost in found.attentions), key=lambda row: -row["uniform_zero_percent"])
+    headings = ("highest", "uniform to 0", "weight lost", "log2 to 0", "weight lost")
+    table = _table(console, "attention values on 4-bit grids, most lost first", ("layer",), headings)
+    for row in rows[:_ROWS]:
+        shares = [row[f"{grid}_{what}_percent"] for grid in ("uniform", "log2") for what in ("zero", "lost_attention")]
+        table.add_row(row["layer"], f"{row['highest']:.3f}", *(_percent(share) for share in shares))
+    console.print(table)
+    _print_rest(console, len(rows))
+    console.print("to 0: share of values the grid rounds to zero; weight lost: their share in the sum of all attention")
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1f} %" if share >= 0.05 or share == 0 else f"{share:.1g} %"
+
+
+def _print_rest(console: Console, rows: int) -> None:
+    if rows > _ROWS:
+        console.print(f"{rows - _ROWS} more in {JSON_NAME}")
+
+
+def _print_placement(console: Console, file: QuantizedFile) -> None:
+    placement = file.placement
+    headings = ("layer", "in the file", "runs as", "kernel")
+    table = _table(console, f"{file.artifact.name} in {placement.runtime}, batch 1", headings, ("layers", "Q/DQ left"))
+    for layer, alike in collapse(placement.products):
+        first = alike[0]
+        table.add_row(layer, first.in_file, first.runs_as, first.operator, str(len(alike)), str(sum(one.quantize_left for one in alike)))
+    console.print(table)
+    in_file = ", ".join(f"{count} {kind}" for kind, count in placement.in_file.items()) or "no Q/DQ"
+    left = ", ".join(f"{count} {kind}" for kind, count in placement.left.items()) or "none"
+    counts = ", ".join(f"{count} {kind}" for kind, count in placement.counts().items() if count and kind != "quantize_left")
+    console.print(f"{in_file} in the file, {left} left in the running graph; products that run: {counts}")
+
+
+def collapse(products: tuple[Placed, ...]) -> list[tuple[str, list[Placed]]]:
+    """Products that are alike in all but the number of their block, under one name: `blocks.*.mlp.fc1`."""
+    groups: dict[tuple[Any, ...], list[Placed]] = {}
+    for product in products:
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", product.layer)
+        groups.setdefault((name, product.in_file, product.runs_as, product.operator, product.quantize_left), []).append(product)
+    return [(key[0] if len(alike) > 1 else alike[0].layer, alike) for key, alike in groups.items()]
+
+
+def _print_sqnr(console: Console, file: QuantizedFile) -> None:
+    if file.comparison is None:
+        console.print(f"SQNR: {file.reason}")
+        return
+    plain = file.comparison.to_plain()
+    table = _table(
+        console, f"{file.artifact.name} against {plain['against']}, worst product first", ("layer",), ("SQNR", "signal", "noise")
+    )
+    for row in plain["nodes"][:_ROWS]:
+        table.add_row(row["layer"], _decibel(row["sqnr_db"]), f"{row['signal_rms']:.3g}", f"{row['noise_rms']:.3g}")
+    console.print(table)
+    _print_rest(console, len(plain["nodes"]))
+    answers = plain["logits"]
+    without = f"; {len(plain['unmatched'])} products have no counterpart (why: {JSON_NAME})" if plain["unmatched"] else ""
+    console.print(
+        f"answers: {_decibel(answers['sqnr_db'])}, same class on {answers['top1_agreement']:.2f} % of {plain['images']} images{without}"
+    )
+    console.print("a product's SQNR has the noise of all before it in it; signal and noise are root mean squares")
+
+
+def _decibel(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.1f} dB"
