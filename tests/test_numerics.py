@@ -144,6 +144,11 @@ def test_asymmetric_parameters_in_closed_form() -> None:
     assert zero_point.tolist() == [50, 0, 255]
 
 
+def test_a_range_too_wide_for_float32_still_has_a_step() -> None:
+    scale, _ = parameters(torch.tensor(-3e38), torch.tensor(3e38), Grid(8), False)
+    assert float(scale) == pytest.approx(6e38 / 255, rel=1e-6)
+
+
 @pytest.mark.parametrize(("low", "high"), [(-math.inf, 1.0), (0.0, math.inf), (math.nan, 1.0), (0.0, math.nan), (1.0, 0.5)])
 def test_ranges_that_are_none_are_refused(low: float, high: float) -> None:
     with pytest.raises(InputError, match="quantization range"):
