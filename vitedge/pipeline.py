@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,20 @@ from vitedge.device import Device, resolve_rules
 from vitedge.errors import UsageError, extra_missing
 from vitedge.guard import GuardJob, can_guard, guard
 from vitedge.host import probe_host, tool_versions
+from vitedge.model_file import open_artifact
 from vitedge.models.weights import WeightsSource, locate
 from vitedge.progress import Progress, silent
 from vitedge.quantize import Job
 from vitedge.quantize._ranges import StoredRanges, in_place_of_images
 from vitedge.recipe import GuardConfig, Recipe, Scheme
-from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds
+from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds, trained_scheme
 from vitedge.train.watch import CURVES, METRICS, TENSORBOARD
 
 # Raised when a stage's output changes though its inputs do not.
 STAGE_VERSIONS = {"checkpoint": 2, "export": 1, "quantize": 1}
 WORK = ".work"
-TRAINING_FILES = ("checkpoint.last.safetensors", METRICS, CURVES)
+FLOAT = "checkpoint.float.safetensors"
+TRAINING_FILES = ("checkpoint.last.safetensors", FLOAT, METRICS, CURVES)
 Bar = Callable[[str], Progress]
 
 
@@ -125,7 +127,7 @@ class Pipeline:
             self._plan(
                 "export",
                 self._export_inputs(),
-                ["model.fp32.onnx", "model.fp32.batch1.onnx"],
+                [f"model.{scheme}{twin}.onnx" for scheme in ("fp32", trained_scheme(self.recipe)) if scheme for twin in ("", ".batch1")],
                 after="checkpoint" if checkpoint_runs else None,
             )
         )
@@ -269,53 +271,28 @@ class Pipeline:
         notes = make_checkpoint(job)
         if not launch.is_main():
             return [], notes
-        from vitedge.models.build import read_meta
-
-        labels = read_meta(path).labels
-        artifact = Artifact(
-            name=path.name,
-            format="checkpoint",
-            scheme="fp32",
-            files=(path,),
-            sha256=hash_files([path]),
-            size_bytes=path.stat().st_size,
-            recipe=self.recipe.name,
-            preprocessing=self.recipe.contract().to_json(),
-            labels=labels,
-            notes=notes,
-            tools=tool_versions(["torch", "timm"]),
-        )
-        return [artifact], notes
+        paths = [path, *([path.with_name(FLOAT)] if trained_scheme(self.recipe) else [])]
+        tools = tool_versions(["torch", "timm"])
+        return [replace(open_artifact(made), recipe=self.recipe.name, notes=notes, tools=tools) for made in paths], notes
 
     def _run_export(self, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
         require_torch("vitedge export")
         progress = bar("export")
         progress(0, 1)
-        from vitedge.export import ExportJob, export
-        from vitedge.models.build import load_checkpoint
+        from vitedge.export import export_checkpoint
 
-        checkpoint = self.manifest.artifacts["checkpoint.safetensors"]
-        model, _ = load_checkpoint(checkpoint.path)
-        x_BCHW = sample(self.dataset, self.recipe.contract(), self.recipe.export.parity_images, self.recipe.seed)
-        files = export(
-            ExportJob(
-                model,
-                self.recipe.contract(),
-                checkpoint.labels,
-                self.recipe.export,
-                x_BCHW,
-                self.dataset is not None,
-                self.root,
-                self.recipe.name,
-                checkpoint.sha256,
-            )
-        )
-        progress(1, 1)
-        return list(files), {"parity": files[0].notes["parity"]}
+        images = partial(sample, self.dataset, self.recipe.contract(), seed=self.recipe.seed)
+        # What a technique quantized is compared with the same model in float, so both are there.
+        names = [FLOAT, "checkpoint.safetensors"] if trained_scheme(self.recipe) else ["checkpoint.safetensors"]
+        files: list[Artifact] = []
+        for done, name in enumerate(names):
+            checkpoint = self.manifest.artifacts[name]
+            files += export_checkpoint(checkpoint, self.recipe.export, images, self.dataset is not None, self.root)
+            progress(done + 1, len(names))
+        return files, {"parity": {file.name: file.notes["parity"] for file in files}}
 
     def _run_quantize(self, name: str, bar: Bar) -> tuple[list[Artifact], dict[str, Any]]:
         library, _, scheme = name.partition(".")
-        quantizer = plugins.load("quantize", library)
         calibration, config = self.recipe.quantize.calibration, dict(self.recipe.quantize.schemes)[name]
         ranges, _ = self._stored_ranges(name, config)
         images, used = None, ranges.notes() if ranges else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vitedge import plugins
 from vitedge.artifact import Manifest, hash_files
 from vitedge.recipe import Recipe, TrainConfig
 
@@ -73,6 +74,13 @@ def estimate_seconds(recipe: Recipe, stage: str) -> float:
     if guard:
         return max(60.0 * guard.minutes, 30.0)  # at most, where the limit is not met at once
     return 25.0 if stage == "export" or "static" in stage else 8.0
+
+
+def trained_scheme(recipe: Recipe) -> str | None:
+    """The scheme that a technique of the recipe's `steps:` quantizes to; None where its checkpoint stays in float."""
+    techniques = [(plugins.load("compress", name), config) for name, config in recipe.steps if name != "train"]
+    schemes = [technique.scheme(config) for technique, config in techniques if hasattr(technique, "scheme")]
+    return schemes[-1] if schemes else None
 
 
 def artifact_name(scheme_name: str) -> str:
