@@ -157,7 +157,7 @@ class IntegerWeight(nn.Module):  # type: ignore[misc]  # the library carries no 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         packed = state_dict.pop(f"{prefix}packed", None)
         if packed is None:
-            args[3].append(f"{prefix}packed")  # torch's list of missing keys
+            args[2].append(f"{prefix}packed")  # torch's list of missing keys
         else:
             values = packing.unpack(np.asarray(packed.cpu()), self.bits, self.values.numel(), self.signed)
             self.values.copy_(torch.from_numpy(values).reshape(self.values.shape))
