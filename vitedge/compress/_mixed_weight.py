@@ -134,7 +134,7 @@ class MixedWeight(IntegerWeight):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         packed = state_dict.pop(f"{prefix}packed", None)
         if packed is None:
-            args[3].append(f"{prefix}packed")  # torch's list of missing keys
+            args[2].append(f"{prefix}packed")  # torch's list of missing keys
         else:
             self._unpack(packed.cpu().numpy(), prefix)
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
