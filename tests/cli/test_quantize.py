@@ -56,7 +56,7 @@ def test_prints_a_table_for_people(model: Path, colours: Path, tmp_path: Path, c
     arguments = ["quantize", str(model), "--scheme", STATIC, "--method", "minmax", "--data", str(colours), "-o", str(tmp_path / "out")]
     assert run(arguments) == 0
     out = capsys.readouterr().out
-    assert STATIC in out and "int8 nodes" in out and "12 held-out train images" in out
+    assert STATIC in out and "integer nodes" in out and "12 held-out train images" in out
     assert run(arguments) == 2
     fails(capsys, 2, "model.int8_static.onnx", "--overwrite")
     assert run([*arguments, "--overwrite", "--exclude", "/mlp/*"]) == 0

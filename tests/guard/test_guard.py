@@ -199,7 +199,7 @@ def test_a_missed_limit_is_exit_code_3_with_the_file_written(
     assert run([*command, "--max-top1-drop", "5", "--guard-minutes", "0", "-o", str(tmp_path / "out")]) == 3
     captured = capsys.readouterr()
     assert "time up" in captured.err and "warning: model.int8_static.onnx loses more than the guard's limit" in captured.err
-    assert (tmp_path / "out" / "model.int8_static.onnx").is_file() and "int8 nodes" in captured.out
+    assert (tmp_path / "out" / "model.int8_static.onnx").is_file() and "integer nodes" in captured.out
 
 
 @pytest.mark.parametrize(

@@ -131,3 +131,9 @@ def time_left(seconds: float) -> str:
         return f"{seconds:.0f} s left"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min left" if hours else f"{minutes} min left"
+
+
+def show_integers(node_counts: dict[str, int]) -> str:
+    """What of a graph is in integers, for people: `50 int8`, `49 int4 weights, 1 int8 weights`; empty where nothing is."""
+    names = {"int8": "int8", "int4_weights": "int4 weights", "int8_weights": "int8 weights"}
+    return ", ".join(f"{node_counts[key]} {name}" for key, name in names.items() if node_counts.get(key))

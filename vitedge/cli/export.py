@@ -8,7 +8,7 @@ import click
 
 from vitedge.cli._build import build, build_options, open_pipeline, plan_json
 from vitedge.cli._guard import show_guards
-from vitedge.cli._output import emit_json, say
+from vitedge.cli._output import emit_json, say, show_integers
 
 if TYPE_CHECKING:
     from vitedge.artifact import Manifest
@@ -53,8 +53,7 @@ def _show(manifest: Manifest, plans: list[StagePlan], device: str) -> None:
     base = manifest.artifacts["model.fp32.onnx"]
     for artifact in manifest.artifacts.values():
         ratio = f"1/{base.size_bytes / artifact.size_bytes:.2f} of fp32" if artifact.scheme != "fp32" else ""
-        counts = artifact.notes.get("node_counts") or {}
-        nodes = f"{counts['int8']} int8 nodes" if counts.get("int8") else ""
+        nodes = show_integers(artifact.notes.get("node_counts") or {})
         say(f"  {artifact.name:28} {artifact.size_bytes / 2**20:6.2f} MiB  {ratio:16} {nodes}".rstrip())
         used = artifact.notes.get("calibration") or {}
         if used.get("stored"):

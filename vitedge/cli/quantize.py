@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitedge.cli._guard import show_guards
-from vitedge.cli._output import data_option, device_option, emit_json, json_option, progress_bars, say, seed_option
+from vitedge.cli._output import data_option, device_option, emit_json, json_option, progress_bars, say, seed_option, show_integers
 
 if TYPE_CHECKING:
     from vitedge.artifact import Artifact
@@ -231,7 +231,7 @@ def print_table(rows: list[dict[str, Any]], source: Artifact, folder: Path) -> N
     from vitedge.cli.bench import result_console
 
     table = Table(title=f"{source.path.name}, {source.size_bytes / 1e6:.2f} MB in fp32")
-    for heading in ("scheme", "MB", "smaller", "int8 nodes", "float nodes", "same class", "SQNR"):
+    for heading in ("scheme", "MB", "smaller", "integer nodes", "float nodes", "same class", "SQNR"):
         table.add_column(heading, justify="left" if heading == "scheme" else "right")
     for row in rows:
         counts = row["node_counts"]
@@ -240,7 +240,7 @@ def print_table(rows: list[dict[str, Any]], source: Artifact, folder: Path) -> N
             row["scheme"],
             f"{row['size_bytes'] / 1e6:.2f}",
             f"{row['size_ratio']:.2f} x",
-            str(counts.get("int8", "?")),
+            show_integers(counts) or "0",
             str(counts.get("float", "?")),
             "-" if same is None else f"{same:.2f} %",
             "-" if sqnr is None else f"{sqnr:.1f} dB",
