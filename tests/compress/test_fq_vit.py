@@ -1,0 +1,410 @@
+"""FQ-ViT: integers against integers of Python, what they stand for against float64, and the files in both runtimes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import nn
+
+from tests.compress import made
+from vitedge.compress import Compressed, fq_vit
+from vitedge.compress._fq_vit import integer_layer
+from vitedge.compress._fq_vit_layernorm import ExponentSearch, PowerOfTwoLayerNorm, layer_grid
+from vitedge.compress._fq_vit_softmax import IntegerExp, LogIntSoftmax, least_step, log2_weights
+from vitedge.errors import UsageError
+from vitedge.export import to_onnx
+from vitedge.models.build import CheckpointMeta, load_checkpoint, save_checkpoint
+from vitedge.models.quantized import ActivationQuantizer
+from vitedge.numerics import Grid, sqnr_db
+
+STEPS = st.floats(least_step(), 40.0)
+TOKENS = st.integers(1, 1025)
+
+
+# LayerNorm inputs. Shapes: S tokens, D channels.
+
+
+def uneven(seed: int = 0, large: int = 2) -> torch.Tensor:
+    """Values of 64 channels, a few of them ten times as large as the others; (400, 64)."""
+    x_SD = torch.randn(400, 64, generator=torch.Generator().manual_seed(seed)).clamp(-3, 3)
+    x_SD[:, :large] *= 10
+    return x_SD
+
+
+def searched(x_SD: torch.Tensor, most: int = 3, bits: int = 8) -> ExponentSearch:
+    step, zero_point = layer_grid(x_SD.min(), x_SD.max(), bits, most)
+    search = ExponentSearch(step, zero_point, bits, most)
+    for part in x_SD.split(150):
+        search.observe(part)
+    return search
+
+
+def brute_force(x_SD: torch.Tensor, step: float, zero_point: int, clamp: bool) -> np.ndarray:
+    """The paper's argmin of squared errors, in float64 numpy."""
+    errors = []
+    for exponent in range(4):
+        q_SD = np.rint(x_SD.double().numpy() / (2**exponent * step)) + zero_point
+        q_SD = np.clip(q_SD, 0, 255) if clamp else q_SD
+        errors.append((((q_SD - zero_point) * 2**exponent * step - x_SD.double().numpy()) ** 2).sum(0))
+    return np.argmin(errors, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exponents_are_those_of_least_error(seed: int) -> None:
+    x_SD = uneven(seed) * torch.exp2(torch.linspace(-4, 0, 64)) + torch.linspace(-1, 2, 64)
+    search = searched(x_SD)
+    wanted = brute_force(x_SD, search.step, int(search.zero_point), clamp=True)
+    assert len(set(wanted)) > 2
+    assert search.exponents().tolist() == wanted.tolist()
+
+
+def test_without_the_clamp_the_finest_step_would_win_everywhere() -> None:
+    x_SD = uneven()
+    search = searched(x_SD)
+    unclamped = brute_force(x_SD, search.step, int(search.zero_point), clamp=False)
+    assert unclamped.tolist() == [0] * 64
+    assert search.exponents()[:2].tolist() == [3, 3]
+
+
+def test_a_tenfold_spread_costs_one_step_many_decibels() -> None:
+    x_SD = uneven()
+    search = searched(x_SD)
+    own, whole = search.sqnr_db() or (0.0, 0.0)
+    norm = PowerOfTwoLayerNorm.of(nn.LayerNorm(64), search.step, int(search.zero_point), 8, search.exponents())
+    integers = norm.inputs(x_SD / (norm.factor * norm.step)) * norm.factor
+    assert sqnr_db(x_SD, integers * norm.step) == pytest.approx(own, abs=0.01)
+    assert whole == pytest.approx(searched(x_SD, most=0).sqnr_db()[0], abs=0.01)  # type: ignore[index]
+    assert own > whole + 10
+
+
+def test_the_grid_of_a_layer_is_the_papers() -> None:
+    low, high = -3.0, 9.0
+    step, zero_point = layer_grid(torch.tensor(low), torch.tensor(high), 8, 3)
+    assert step == pytest.approx((high - low) / 255 / 8, rel=1e-6)
+    assert zero_point == round(-low / (8 * step))
+
+
+@pytest.mark.parametrize("x_SD", [torch.zeros(5, 4), torch.full((5, 4), 2.0), torch.full((5, 4), -3e37), torch.full((5, 4), 1e-37)])
+def test_constant_channels_and_huge_ranges_stay_finite(x_SD: torch.Tensor) -> None:
+    x_SD = x_SD.clone()
+    x_SD[0, 0] *= -1.5
+    search = searched(x_SD)
+    exponents = search.exponents()
+    assert search.step > 0 and exponents.shape == (4,)
+    norm = PowerOfTwoLayerNorm.of(nn.LayerNorm(4, eps=1e-6), search.step, int(search.zero_point), 8, exponents)
+    y_SD = norm(x_SD)
+    reference_SD = nn.functional.layer_norm(x_SD.double(), (4,), eps=1e-6)
+    assert (y_SD - reference_SD).abs().max() < 0.02
+
+
+def made_norm(step: float, eps: float, features: int = 192) -> PowerOfTwoLayerNorm:
+    generator = torch.Generator().manual_seed(4)
+    norm = nn.LayerNorm(features, eps=eps)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(features, generator=generator))
+        norm.bias.copy_(torch.randn(features, generator=generator))
+    return PowerOfTwoLayerNorm.of(norm, step, 101, 8, torch.arange(features) % 4)
+
+
+def integers_of(norm: PowerOfTwoLayerNorm, x: torch.Tensor) -> np.ndarray:
+    """The paper's (X_q - z) << a, in int64."""
+    exponents = np.arange(norm.features) % 4
+    divisor = (norm.step * 2.0**exponents).astype(np.float32)
+    q = np.clip(np.rint(x.numpy() / divisor).astype(np.int64) + 101, 0, 255)
+    return (q - 101) << exponents
+
+
+@pytest.mark.parametrize(("step", "eps"), [(0.013, 1e-6), (1e-4, 1e-6), (7.0, 1e-5)])
+def test_layer_norm_is_that_of_the_integers(step: float, eps: float) -> None:
+    norm = made_norm(step, eps)
+    x = torch.randn(50, 192, generator=torch.Generator().manual_seed(5)) * step * 200
+    integers = integers_of(norm, x)
+    assert np.array_equal((norm.inputs(x / (norm.factor * norm.step)) * norm.factor).detach().numpy(), integers)
+    # Sums of integers and of their squares are exact in int64, as they are in an accelerator.
+    count, total, squares = 192, integers.sum(-1), (integers**2).sum(-1)
+    variance = (count * squares - total**2) / count**2
+    normed = (integers - (total / count)[:, None]) / np.sqrt(variance + eps / step**2)[:, None]
+    wanted = normed * norm.weight.detach().double().numpy() + norm.bias.detach().double().numpy()
+    of_values = nn.functional.layer_norm(
+        torch.from_numpy(integers * step), (192,), norm.weight.detach().double(), norm.bias.detach().double(), eps
+    )
+    assert np.abs(wanted - of_values.numpy()).max() < 1e-9
+    # 192 squares are summed in float32: half of 192 x 2^-24 of the deviation, times weights and values of up to 4 each.
+    assert np.abs(norm(x).detach().numpy() - wanted).max() < 192 * 2**-25 * 16
+
+
+# Softmax.
+
+
+def exponential(exp: IntegerExp, distance: int) -> int:
+    """i-exp in Python's integers."""
+    units = distance << exp.shift
+    q = min(units // exp.ln2, exp.last)
+    r = q * exp.ln2 - units if q < exp.last else 0
+    z = (r + exp.b) ** 2 + exp.c
+    return z << (exp.rise - q) if exp.rise >= q else z >> (q - exp.rise)
+
+
+def code(e: int, total: int, bits: int) -> int:
+    """The largest code k whose comparison 128 sum >= 181 e 2^(k - 1) holds, in Python's integers."""
+    return max(k for k in range(2**bits) if 256 * total >= 181 * e * 2**k)
+
+
+def softmax_codes(softmax: LogIntSoftmax, scores: torch.Tensor) -> np.ndarray:
+    q = np.clip(np.rint(scores.numpy() / np.float32(softmax.step)).astype(int) + softmax.zero_point, 0, 255).reshape(-1, scores.shape[-1])
+    codes = []
+    for row in q.tolist():
+        e = [exponential(softmax.exp, max(row) - value) for value in row]
+        codes.append([code(value, sum(e), softmax.bits) for value in e])
+    return np.array(codes).reshape(scores.shape)
+
+
+@given(STEPS, TOKENS)
+@settings(deadline=None, max_examples=60)
+def test_every_integer_of_the_softmax_is_exact_in_float32(step: float, tokens: int) -> None:
+    exp = IntegerExp.of(step, tokens)
+    assert all(isinstance(value, int) for value in astuple(exp))
+    assert exp.b**2 + exp.c < 2**24
+    assert tokens * 2**exp.bits <= 2**24 and 181 * 2**exp.bits <= 2**24
+    wanted = [exponential(exp, d) for d in range(256)]
+    assert exp(torch.arange(256.0)).tolist() == wanted
+    assert 2 ** (exp.bits - 1) <= wanted[0] <= 2**exp.bits
+    assert max(b - a for a, b in itertools.pairwise(wanted)) <= wanted[0] * 4e-3
+
+
+@pytest.mark.parametrize("step", [least_step(), 0.003, 0.02, 0.1, 0.37, 1.0, 5.0])
+def test_the_exponential_is_as_near_as_its_polynomial(step: float) -> None:
+    exp = IntegerExp.of(step, 197)
+    found = exp(torch.arange(256.0)).double().numpy()
+    distance = np.arange(256) * step
+    # I-BERT's 1.9e-3 twice, as the value at 0 has it too; half a unit in b and in c; ln 2 in whole units, q of them; the shift's rest.
+    q = np.floor(distance / math.log(2))
+    relative = 2 * 1.9e-3 / 0.5 + 2 / exp.b + q * 0.5 / exp.ln2
+    assert (np.abs(found / found[0] - np.exp(-distance)) <= np.exp(-distance) * relative + 1 / found[0]).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_codes_are_rounded_logarithms(bits: int) -> None:
+    generator = np.random.default_rng(bits)
+    e = np.concatenate([generator.integers(1, 2**16, 2000), 2 ** generator.integers(0, 16, 500)])
+    total = e + generator.integers(0, 2 ** generator.integers(1, 24, len(e)))
+    total = np.minimum(total, 2**24)
+    weights = log2_weights(torch.from_numpy(e).float(), torch.from_numpy(total).float(), bits).double().numpy()
+    exact = np.log2(total / e)
+    unsure = np.abs(exact % 1 - 0.5) < 2e-4
+    codes = -np.log2(weights)
+    assert unsure.mean() < 0.01
+    assert np.array_equal(codes[~unsure], np.clip(np.rint(exact), 0, 2**bits - 1)[~unsure])
+    assert codes.tolist() == [code(int(a), int(b), bits) for a, b in zip(e, total, strict=True)]
+
+
+def test_an_exponential_of_zero_has_the_last_code() -> None:
+    weights = log2_weights(torch.tensor([65536.0, 0.0]), torch.tensor(65536.0), 4)
+    assert weights.tolist() == [1.0, 2.0**-15]
+
+
+@pytest.mark.parametrize("reach", [0.5, 4.0, 20.0, 300.0])
+def test_softmax_is_within_half_a_code_of_float64(reach: float) -> None:
+    scores = torch.rand(40, 50, generator=torch.Generator().manual_seed(6)) * reach - reach / 2
+    softmax = LogIntSoftmax(max(reach / 255, least_step()), 128, 50)
+    codes = -torch.log2(softmax(scores)).double().numpy()
+    assert np.array_equal(codes, softmax_codes(softmax, scores))
+    q = (torch.clamp(torch.round(scores / softmax.step) + 128, 0, 255) - 128).double()
+    attention = torch.softmax(q * softmax.step, -1).numpy()
+    exact = -np.log2(attention)
+    # Half a code, the polynomial in numerator and sum, 181/128 for the root, ln 2 in whole units, and the shift's rest.
+    units = exact * 0.5 / softmax.exp.ln2
+    slack = 0.5 + 0.02 + 2e-4 + units + np.log2(1 + 1 / np.maximum(attention * 2**softmax.exp.bits - 1, 1))
+    seen = exact < 14
+    assert seen.any() and (np.abs(codes - exact) <= slack)[seen].all()
+    assert (codes[~seen] >= 12).all()
+
+
+def test_equal_scores_get_equal_weights() -> None:
+    softmax = LogIntSoftmax(least_step(), 0, 16)
+    assert torch.equal(softmax(torch.zeros(1, 1, 2, 16)), torch.full((1, 1, 2, 16), 1 / 16))
+
+
+class Both(nn.Module):
+    """Softmax and LayerNorm side by side, with images as their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = LogIntSoftmax(0.031, 120, 16)
+        self.norm = made_norm(0.02, 1e-6, features=16)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.softmax(x_BCHW), self.norm(x_BCHW)], 1)
+
+
+def run_in(runtime: str, path: Path, x: np.ndarray) -> Any:
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]).run(None, {"pixels": x})[0]
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    return next(iter(compiled(x).values()))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Both]:
+    import onnx
+
+    model = Both().eval()
+    path = tmp_path_factory.mktemp("both") / "both.onnx"
+    onnx.save(to_onnx(model, 16, 21), path)
+    return path, model
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_integers_are_the_same_in_the_file(runtime: str, both: tuple[Path, Both]) -> None:
+    path, model = both
+    # Whole steps and a quarter: a runtime that multiplies by the inverse of a step rounds them no differently.
+    whole = torch.randint(-130, 140, (6, 3, 16, 16), generator=torch.Generator().manual_seed(7))
+    x_BCHW = (whole + 0.25) * 0.031
+    y_BCHW = run_in(runtime, path, x_BCHW.numpy())
+    assert np.array_equal(-np.log2(y_BCHW[:, :3]), softmax_codes(model.softmax, x_BCHW))
+    x_BCHW = torch.randint(-900, 900, (6, 3, 16, 16), generator=torch.Generator().manual_seed(8)) * 0.02 + 0.005
+    with torch.inference_mode():
+        wanted = model.norm(x_BCHW).numpy()
+    assert np.abs(run_in(runtime, path, x_BCHW.numpy())[:, 3:] - wanted).max() < 1e-4
+
+
+# The whole model.
+
+
+def student(token: bool = False) -> Any:
+    """A tiny ViT whose tokens are all of one size, as a trained one's are: a class token of 1e-6 would drown in any step."""
+    model = made.student(token)
+    with torch.no_grad():
+        for tensor in (model.cls_token, model.pos_embed, *([model.dist_token] if token else [])):
+            tensor.normal_()
+    return model
+
+
+def apply(token: bool = False, **settings: Any) -> tuple[nn.Module, Compressed]:
+    model = student(token).train()
+    return model, fq_vit.apply(model, fq_vit.Config(**settings), made.context(Path("builds")))
+
+
+def test_everything_is_quantized() -> None:
+    model, compressed = apply()
+    assert compressed.model is model and model.training and all(module.training for module in model.modules())
+    assert not any(isinstance(m, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Softmax)) for m in model.modules())
+    assert sum(isinstance(m, ActivationQuantizer) for m in model.modules()) == 10 + 2 * 3 + 2 + 5
+    notes = compressed.notes
+    assert (notes["images"], notes["linear_layers"], notes["softmaxes"], notes["layer_norms"]) == (made.IMAGES, 10, 2, 5)
+    assert sum(notes["channels_by_exponent"]) == 5 * 16
+    assert notes["layer_norm_sqnr_db"] >= notes["layer_norm_sqnr_db_one_step"]
+
+
+def test_what_is_not_asked_for_is_left_out() -> None:
+    model, compressed = apply(softmax="uniform", attention_bits=8, max_exponent=0)
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert "LogIntSoftmax" not in kinds and "Softmax" in kinds
+    assert compressed.notes["channels_by_exponent"] == [5 * 16]
+    weights = model.get_submodule("blocks.0.attn.on_weights")
+    assert float(weights.scale) == pytest.approx(1 / 255) and int(weights.zero_point) == 0
+
+
+def test_eight_bits_stay_near_the_float_model() -> None:
+    reference = student().eval()
+    model, _ = apply(softmax="uniform", attention_bits=8)
+    x_BCHW = made.batch(range(32)).x_BCHW
+    with torch.inference_mode():
+        assert sqnr_db(reference(x_BCHW), model.eval()(x_BCHW)) > 20
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_are_within_half_a_step(bits: int) -> None:
+    layer = nn.Linear(16, 8)
+    made_layer: Any = integer_layer(layer, bits, ActivationQuantizer(8, False))
+    step_O = layer.weight.detach().abs().amax(1) / Grid(bits, True).highest
+    assert ((made_layer.weight().T - layer.weight.detach()).abs() <= step_O[:, None] * 0.5001).all()
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    model, compressed = apply(token=True)
+    assert compressed.structure is not None
+    structure = json.loads(json.dumps(compressed.structure(model)))
+    path = tmp_path_factory.mktemp("quantized") / "checkpoint.safetensors"
+    arch = "deit_tiny_distilled_patch16_224"
+    save_checkpoint(
+        path,
+        model,
+        CheckpointMeta(arch, 8, 4, 4, made.CONTRACT.to_json(), made.LABELS, options=made.VIT, structure=(("fq_vit", structure),)),
+    )
+    return model.eval(), path
+
+
+def test_a_checkpoint_gives_the_same_model(quantized: tuple[nn.Module, Path]) -> None:
+    model, path = quantized
+    loaded, meta = load_checkpoint(path)
+    assert meta.structure[0][1]["scheme"] == fq_vit.scheme(fq_vit.Config()) == "fqvit_w8a8_log4"
+    x_BCHW = made.batch(range(16)).x_BCHW
+    with torch.inference_mode():
+        assert torch.equal(loaded(x_BCHW), model(x_BCHW))
+
+
+@pytest.fixture(scope="module")
+def exported(quantized: tuple[nn.Module, Path]) -> Path:
+    import onnx
+
+    path = quantized[1].with_name("model.onnx")
+    onnx.save(to_onnx(quantized[0], 8, 21), path)
+    return path
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_file_answers_as_the_model(runtime: str, quantized: tuple[nn.Module, Path], exported: Path) -> None:
+    x_BCHW = made.batch(range(made.IMAGES)).x_BCHW
+    with torch.inference_mode():
+        wanted = quantized[0](x_BCHW).numpy()
+    found = run_in(runtime, exported, x_BCHW.numpy())
+    assert (found.argmax(1) == wanted.argmax(1)).all()
+    assert sqnr_db(torch.from_numpy(wanted), torch.from_numpy(np.array(found))) > 30
+
+
+def test_the_arithmetic_is_in_the_file(exported: Path) -> None:
+    import onnx
+
+    kinds = [node.op_type for node in onnx.load(exported).graph.node]
+    assert "Softmax" not in kinds and kinds.count("LayerNormalization") == 5
+    assert kinds.count("QuantizeLinear") == 11 + 2 * 3 + 2 + 5
+    assert kinds.count("Floor") == 2 * 2 and kinds.count("LessOrEqual") == 2 * 4 and kinds.count("Pow") == 2
+
+
+def test_what_cannot_be_quantized_is_refused() -> None:
+    model, _ = apply()
+    with pytest.raises(UsageError, match="one that is quantized"):
+        fq_vit.apply(model, fq_vit.Config(), made.context(Path("builds")))
+    with pytest.raises(UsageError, match="a timm ViT or DeiT"):
+        fq_vit.apply(made.teacher_model(), fq_vit.Config(), made.context(Path("builds")))
+    _, compressed = apply()
+    assert compressed.structure is not None
+    with pytest.raises(UsageError, match="a layer blocks"):
+        fq_vit.rebuild(
+            made.create("deit_tiny_patch16_224", 8, 4, 4, options={**made.VIT, "depth": 1}), compressed.structure(compressed.model)
+        )
+
+
+@pytest.mark.parametrize("wrong", [{"images": 50}, {"images": 1001}, {"attention_bits": 6}, {"max_exponent": 4}, {"method": "entropy"}])
+def test_settings_have_bounds(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        fq_vit.Config(**wrong)
+    assert fq_vit.Config(softmax="uniform", attention_bits=6).attention_bits == 6
