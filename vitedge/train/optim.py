@@ -20,6 +20,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     AdamW with Nesterov momentum.
 
     With `layer_decay` each block learns that much slower than the one after it (Clark et al. 2020; Bao et al. 2022).
+    A parameter with an attribute `lr_scale`, as techniques add, has that many times the schedule's rate whatever its
+    layer, no decay, and never Muon's steps.
     """
     from timm.optim import Muon, param_groups_layer_decay, param_groups_weight_decay
 
@@ -32,11 +34,24 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         groups = param_groups_layer_decay(model, config.weight_decay, layer_decay=config.layer_decay, **kept)
     else:
         groups = param_groups_weight_decay(model, config.weight_decay, **kept)
+    groups = _with_own_rates(model, groups)
     if config.optimizer == "muon":
         return Muon(groups, lr=config.lr, nesterov=True, adjust_lr_fn="match_rms_adamw")
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+
+
+def _with_own_rates(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups, with a group more for each `lr_scale` that parameters ask for, which then stand in no other."""
+    own: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad and hasattr(parameter, "lr_scale"):
+            own.setdefault(float(parameter.lr_scale), []).append(parameter)
+    moved = {id(parameter) for parameters in own.values() for parameter in parameters}
+    left = [{**group, "params": [p for p in group["params"] if id(p) not in moved]} for group in groups]
+    added = [{"params": p, "weight_decay": 0.0, "lr_scale": scale, "use_fallback": True} for scale, p in own.items()]
+    return [group for group in left if group["params"]] + added
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
