@@ -22,7 +22,8 @@ class OpenAttention(nn.Module):  # type: ignore[misc]  # the library carries no 
         attention: timm's.
 
     Attributes:
-        on_query, on_key, on_value: Take what goes into the products, BHNK; the query is scaled already.
+        on_query, on_key, on_value: Take what goes into the products: BHNK, scaled already; BHKN, for a transposition between
+            rounding and product is what ONNX Runtime 1.31 fails to load where the integers are signed; BHNK.
         softmax: Makes weights out of scores, BHNN.
         on_weights: Takes the weights, BHNN.
     """
@@ -50,8 +51,8 @@ class OpenAttention(nn.Module):  # type: ignore[misc]  # the library carries no 
         batch, tokens, _ = x_BND.shape
         qkv = self.qkv(x_BND).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q_BHNK, k_BHNK, v_BHNK = qkv.unbind(0)
-        q_BHNK, k_BHNK = self.on_query(self.q_norm(q_BHNK) * self.scale), self.on_key(self.k_norm(k_BHNK))
-        weights_BHNN = self.on_weights(self.attn_drop(self.softmax(q_BHNK @ k_BHNK.transpose(-2, -1))))
+        q_BHNK, k_BHKN = self.on_query(self.q_norm(q_BHNK) * self.scale), self.on_key(self.k_norm(k_BHNK).transpose(-2, -1))
+        weights_BHNN = self.on_weights(self.attn_drop(self.softmax(q_BHNK @ k_BHKN)))
         out_BND = (weights_BHNN @ self.on_value(v_BHNK)).transpose(1, 2).reshape(batch, tokens, -1)
         out: torch.Tensor = self.proj_drop(self.proj(self.norm(out_BND)))
         return out
@@ -76,7 +77,7 @@ def open_attention(model: nn.Module) -> list[str]:
             continue
         if getattr(module, "gate", None) is not None:
             raise UsageError("model", expected="attention without a gate", found=f"a gate in {name}", fix="choose another architecture")
-        setattr(model.get_submodule(parent), leaf, OpenAttention(module))
+        setattr(model.get_submodule(parent), leaf, OpenAttention(module).train(module.training))
     if not names:
         raise UsageError("model", expected="a timm ViT or DeiT", found=type(model).__name__, fix="choose one as model.arch")
     return names
