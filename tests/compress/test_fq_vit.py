@@ -236,6 +236,15 @@ def test_equal_scores_get_equal_weights() -> None:
     assert torch.equal(softmax(torch.zeros(1, 1, 2, 16)), torch.full((1, 1, 2, 16), 1 / 16))
 
 
+def test_normalized_rows_are_the_same_powers_of_two_in_another_unit() -> None:
+    scores = torch.rand(40, 50, generator=torch.Generator().manual_seed(9)) * 6
+    plain, normalized = LogIntSoftmax(0.03, 0, 50)(scores), LogIntSoftmax(0.03, 0, 50, normalize=True)(scores)
+    sums = plain.double().sum(-1, keepdim=True)
+    assert sums.max() > 1.02 and sums.min() < 0.98 and sums.min() > 0.7 and sums.max() < 1.42
+    assert torch.equal(plain.sum(-1, keepdim=True).double(), sums)
+    assert torch.allclose(normalized.double() * sums, plain.double(), rtol=2**-23, atol=0)
+
+
 class Both(nn.Module):
     """Softmax and LayerNorm side by side, with images as their input."""
 
@@ -339,7 +348,7 @@ def test_weights_are_within_half_a_step(bits: int) -> None:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    model, compressed = apply(token=True)
+    model, compressed = apply(token=True, normalize=True)
     assert compressed.structure is not None
     structure = json.loads(json.dumps(compressed.structure(model)))
     path = tmp_path_factory.mktemp("quantized") / "checkpoint.safetensors"
@@ -403,7 +412,17 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         )
 
 
-@pytest.mark.parametrize("wrong", [{"images": 50}, {"images": 1001}, {"attention_bits": 6}, {"max_exponent": 4}, {"method": "entropy"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"images": 50},
+        {"images": 1001},
+        {"attention_bits": 6},
+        {"softmax": "uniform", "normalize": True},
+        {"max_exponent": 4},
+        {"method": "entropy"},
+    ],
+)
 def test_settings_have_bounds(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         fq_vit.Config(**wrong)

@@ -71,7 +71,7 @@ def quantize_model(model: nn.Module, config: Config, x_BCHW: torch.Tensor, torch
         _replace(model, name, _rounding(grid, *found[name]))
     for name in softmaxes:
         if config.softmax == "log2":
-            _replace(model, name, _log_int_softmax(*found[name], tokens[name], config.attention_bits))
+            _replace(model, name, _log_int_softmax(*found[name], tokens[name], config))
         else:
             weights = ActivationQuantizer(config.attention_bits, signed=False)
             weights.set(torch.tensor(1 / Grid(config.attention_bits, signed=False).highest), torch.tensor(0))
@@ -177,13 +177,13 @@ def _rounding(grid: Grid, low: torch.Tensor, high: torch.Tensor) -> ActivationQu
     return ActivationQuantizer(grid.bits, grid.signed).set(*parameters(low, high, grid, symmetric=False))
 
 
-def _log_int_softmax(low: torch.Tensor, high: torch.Tensor, tokens: int, bits: int) -> LogIntSoftmax:
+def _log_int_softmax(low: torch.Tensor, high: torch.Tensor, tokens: int, config: Config) -> LogIntSoftmax:
     """Softmax of scores of that range; where it is narrower than exp can show, with the finest step of use."""
     grid = Grid(SCORE_BITS, signed=False)
     scale, _ = parameters(low, high, grid, symmetric=False)
     step = float(scale.clamp(min=least_step()))
     zero_point = min(max(round(-float(low.clamp(max=0)) / step), grid.lowest), grid.highest)
-    return LogIntSoftmax(step, zero_point, tokens, bits)
+    return LogIntSoftmax(step, zero_point, tokens, config.attention_bits, config.normalize)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -106,20 +106,28 @@ class LogIntSoftmax(nn.Module):  # type: ignore[misc]  # the library carries no 
         zero_point: Of the scores' integers.
         tokens: Scores in a row.
         bits: Of the codes.
+        normalize: Divide a row of weights by its sum, which their rounding leaves between 0.7 and 1.4. The sum itself is exact.
     """
 
-    def __init__(self, step: float, zero_point: int, tokens: int, bits: int = 4) -> None:
+    def __init__(self, step: float, zero_point: int, tokens: int, bits: int = 4, normalize: bool = False) -> None:
         super().__init__()
-        self.step, self.zero_point, self.tokens, self.bits = step, zero_point, tokens, bits
+        self.step, self.zero_point, self.tokens, self.bits, self.normalize = step, zero_point, tokens, bits, normalize
         self.exp = IntegerExp.of(step, tokens)
         self.inputs = ActivationQuantizer(SCORE_BITS, signed=False).set(torch.tensor(1.0), torch.tensor(zero_point))
 
     def forward(self, scores_BHNN: torch.Tensor) -> torch.Tensor:
-        """Weights, powers of two, the shape of the scores; a row's sum is 1 only up to their rounding."""
+        """Weights in the shape of the scores: powers of two, or powers of two times one factor for the row."""
         integers_BHNN = self.inputs(scores_BHNN / self.step)
         exponentials_BHNN = self.exp(integers_BHNN.amax(-1, keepdim=True) - integers_BHNN)
-        return log2_weights(exponentials_BHNN, exponentials_BHNN.sum(-1, keepdim=True), self.bits)
+        weights_BHNN = log2_weights(exponentials_BHNN, exponentials_BHNN.sum(-1, keepdim=True), self.bits)
+        return weights_BHNN / weights_BHNN.sum(-1, keepdim=True) if self.normalize else weights_BHNN
 
     def describe(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        return {"step": self.step, "zero_point": self.zero_point, "tokens": self.tokens, "bits": self.bits}
+        return {
+            "step": self.step,
+            "zero_point": self.zero_point,
+            "tokens": self.tokens,
+            "bits": self.bits,
+            "normalize": self.normalize,
+        }

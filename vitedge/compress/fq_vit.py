@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Config(Section):
-    """Bits, and how ranges are found; the defaults are the paper's."""
+    """Bits, and how ranges are found; the defaults are the paper's, but for fewer images than its 1,000."""
 
     images: int = Field(256, ge=100, le=1000, description="train images on which everything is calibrated")
     weight_bits: int = Field(8, ge=2, le=8, description="of weights, symmetric with a scale per output feature")
@@ -38,6 +38,10 @@ class Config(Section):
         "log2", description="log2: integer softmax, weights are powers of two; uniform: float softmax, weights in equal steps, to compare"
     )
     attention_bits: int = Field(4, ge=2, le=8, description="of attention weights after softmax; with log2 at most 5")
+    normalize: bool = Field(
+        False,
+        description="softmax: log2: divide each row of weights by its sum, as the paper does not; they are then powers of two times it",
+    )
     method: Literal["minmax", "moving_average", "percentile", "mse"] = Field(
         "minmax", description="how ranges of activations are found; those of LayerNorm inputs are always their extremes"
     )
@@ -46,6 +50,8 @@ class Config(Section):
     def _codes_have_weights(self) -> Config:
         if self.softmax == "log2" and self.attention_bits > 5:
             raise ValueError("attention_bits up to 5 beside softmax: log2, where 5 reach down to 2^-31 already")
+        if self.softmax == "uniform" and self.normalize:
+            raise ValueError("no normalize beside softmax: uniform")
         return self
 
 
