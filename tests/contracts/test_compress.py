@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,8 @@ from torch import nn
 from tests.compress import made
 from vitedge import plugins
 from vitedge.compress import Compressed
+from vitedge.export import to_onnx
+from vitedge.models.build import CheckpointMeta, load_checkpoint, save_checkpoint
 from vitedge.recipe import recipe_from_plain, recipe_schema
 from vitedge.schema import Section
 
@@ -22,6 +26,8 @@ TECHNIQUES = plugins.names("compress")
 # What a technique cannot do without; one that has defaults for everything needs no entry.
 NEEDED: dict[str, dict[str, Any]] = {"distill": {"teacher": "teacher"}}
 TOKENS = (True, False)
+# Those whose result is not the architecture's own modules.
+REBUILT = tuple(name for name in TECHNIQUES if hasattr(plugins.load("compress", name), "rebuild"))
 
 
 @pytest.fixture
@@ -115,3 +121,46 @@ def test_losses_are_per_image_and_reach_only_the_student(name: str, token: bool,
     own = {id(p) for p in compressed.model.parameters()}
     others = [p for loss in compressed.losses for m in modules_of(loss) for p in m.parameters() if id(p) not in own]
     assert all(p.grad is None and not p.requires_grad for p in others)
+
+
+def finished(name: str, builds: Path, token: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model as it is saved without having been trained, and its structure."""
+    compressed = apply(name, builds, made.student(token))
+    model = compressed.convert(compressed.model) if compressed.convert else compressed.model
+    assert compressed.structure is not None
+    return model.eval(), compressed.structure(model)
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize("name", REBUILT)
+def test_a_rebuilt_model_comes_back_from_its_checkpoint(name: str, token: bool, builds: Path, tmp_path: Path) -> None:
+    model, structure = finished(name, builds, token)
+    arch = "deit_tiny_distilled_patch16_224" if token else "deit_tiny_patch16_224"
+    contract = made.CONTRACT.to_json()
+    meta = CheckpointMeta(arch, 8, 4, len(made.LABELS), contract, made.LABELS, options=made.VIT, structure=((name, structure),))
+    save_checkpoint(tmp_path / "saved.safetensors", model, meta)
+    again, header = load_checkpoint(tmp_path / "saved.safetensors")
+    assert header.structure == ((name, structure),)
+    x_BCHW = made.batch(range(8), view=1).x_BCHW
+    with torch.no_grad():
+        assert torch.equal(again(x_BCHW), model(x_BCHW))
+    module = plugins.load("compress", name)
+    if hasattr(module, "scheme"):
+        scheme = module.scheme(module.Config(**NEEDED.get(name, {})))
+        assert scheme == structure["scheme"] and re.fullmatch(r"[a-z0-9_]+", scheme)
+
+
+@pytest.mark.parametrize("name", REBUILT)
+def test_a_rebuilt_models_file_answers_as_it_does_in_onnx_runtime(name: str, builds: Path) -> None:
+    import onnxruntime
+
+    model, _ = finished(name, builds, token=False)
+    x_BCHW = made.batch(range(48), view=1).x_BCHW
+    with torch.no_grad():
+        expected_BC = model(x_BCHW).numpy()
+    content = to_onnx(model, 8, 21).SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    found_BC = session.run(None, {"pixels": x_BCHW.numpy()})[0]
+    assert (found_BC.argmax(-1) == expected_BC.argmax(-1)).mean() >= 0.99
+    # A value that falls between two steps may take the other one in a runtime that adds up in another order.
+    assert np.abs(found_BC - expected_BC).mean() < 0.01 * np.ptp(expected_BC)
