@@ -93,7 +93,7 @@ class Pipeline:
         Raises:
             UsageError: They are needed, or were asked for by name, and are not there.
         """
-        needed = self.recipe.trains or self.data_option is not None or self.weights.kind != "builtin"
+        needed = bool(self.recipe.steps) or self.data_option is not None or self.weights.kind != "builtin"
         if needed:
             return datasets.find(self.recipe.data.name, self.data_option)
         try:
@@ -195,7 +195,7 @@ class Pipeline:
         builds = self.root.parent
         inputs["files"] = [hash_files(plugins.load("compress", n).files(c, builds)) for n, c in self.recipe.steps if n != "train"]
         inputs |= {"weights": self.weights.digest(), "version": STAGE_VERSIONS["checkpoint"], "tools": tool_versions(["torch", "timm"])}
-        if self.recipe.trains or self.weights.kind != "builtin":
+        if self.recipe.steps or self.weights.kind != "builtin":
             inputs["data"] = self._data_digest
         return inputs
 
