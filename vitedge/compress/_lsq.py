@@ -17,7 +17,8 @@ Choices of this implementation:
 - Weights use all of -2^(b-1)..2^(b-1)-1, as the paper and ONNX do, not the narrow grid: of 2 bits it would lose a quarter.
 - What goes into a linear layer, on both sides of zero as LayerNorm's and GELU's outputs are, is unsigned with an offset: uint8
   activations by int8 weights is the product that x86 and ARM kernels are made for, and an offset fits unlike sides. Of the
-  products of attention, queries are of that kind, weights after softmax unsigned without an offset, keys and values signed.
+  products of attention, weights after softmax are unsigned without an offset, queries, keys and values signed: OpenVINO's
+  fused attention takes those three as int8 (with an offset it goes back to float32 for the query), ONNX Runtime any.
 - Rounding is computed in the steps' own type, float32, under autocast too: a bfloat16 v has not the bits to be rounded to 8.
 Shapes: B batch, C channels or classes, H height, W width, O rows (outputs) of a weight, I inputs.
 """
@@ -36,7 +37,7 @@ from vitedge.numerics import Grid, quantize
 
 # Which activations have a sign, and which an offset.
 OFFSET, SIGNED, POSITIVE = "offset", "signed", "positive"
-SLOTS = {"on_query": OFFSET, "on_key": SIGNED, "on_weights": POSITIVE, "on_value": SIGNED}
+SLOTS = {"on_query": SIGNED, "on_key": SIGNED, "on_weights": POSITIVE, "on_value": SIGNED}
 
 
 class Rounding(torch.autograd.Function):  # type: ignore[misc]  # the library carries no types
@@ -171,4 +172,6 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def _converted(quantizer: LearnedQuantizer) -> ActivationQuantizer:
-    return ActivationQuantizer(quantizer.grid.bits, quantizer.grid.signed).to(quantizer.log_step.device).set(*quantizer.frozen())
+    made = ActivationQuantizer(quantizer.grid.bits, quantizer.grid.signed)
+    made.to(quantizer.log_step.device)
+    return made.set(*quantizer.frozen())
