@@ -67,6 +67,11 @@ class IntegerExp:
         """The q from which on every result is 0."""
         return self.bits + 1
 
+    @property
+    def greatest(self) -> int:
+        """The exponential of distance 0."""
+        return math.floor((self.b**2 + self.c) * 2.0**self.rise)
+
     def __call__(self, distance: torch.Tensor) -> torch.Tensor:
         """Exponentials, integers in float32, of distances, the same; any shape."""
         units = (distance * 2**self.shift).clamp(max=self.last * self.ln2 + self.ln2 - 1)
@@ -77,7 +82,7 @@ class IntegerExp:
         return torch.floor((root * root + self.c) * torch.exp2(self.rise - q))
 
 
-def log2_weights(exponentials: torch.Tensor, total: torch.Tensor, bits: int) -> torch.Tensor:
+def log2_weights(exponentials: torch.Tensor, total: torch.Tensor | int, bits: int) -> torch.Tensor:
     """Powers of two 2^-k, k = clamp(round(-log2(e / sum)), 0, 2^bits - 1), the shape of e.
 
     The code k is found bit by bit, as a priority encoder does it and with no logarithm: k is at least j where the sum is
@@ -85,7 +90,7 @@ def log2_weights(exponentials: torch.Tensor, total: torch.Tensor, bits: int) -> 
 
     Args:
         exponentials: Integers in float32, up to 2^16.
-        total: Their sums, up to 2^24, broadcasting.
+        total: Their sums, up to 2^24, broadcasting; or what else they are to be compared with, at least the greatest of them.
         bits: Of the codes.
     """
     threshold = exponentials * ROOT_TWO
@@ -106,7 +111,8 @@ class LogIntSoftmax(nn.Module):  # type: ignore[misc]  # the library carries no 
         zero_point: Of the scores' integers.
         tokens: Scores in a row.
         bits: Of the codes.
-        normalize: Divide a row of weights by its sum, which their rounding leaves between 0.7 and 1.4. The sum itself is exact.
+        normalize: Codes are counted from the row's greatest weight, which so has no error, and a row of weights is divided by its sum,
+            which is exact; else they are counted from 1, and rounding leaves the sum of a row between 0.7 and 1.4.
     """
 
     def __init__(self, step: float, zero_point: int, tokens: int, bits: int = 4, normalize: bool = False) -> None:
@@ -119,8 +125,10 @@ class LogIntSoftmax(nn.Module):  # type: ignore[misc]  # the library carries no 
         """Weights in the shape of the scores: powers of two, or powers of two times one factor for the row."""
         integers_BHNN = self.inputs(scores_BHNN / self.step)
         exponentials_BHNN = self.exp(integers_BHNN.amax(-1, keepdim=True) - integers_BHNN)
-        weights_BHNN = log2_weights(exponentials_BHNN, exponentials_BHNN.sum(-1, keepdim=True), self.bits)
-        return weights_BHNN / weights_BHNN.sum(-1, keepdim=True) if self.normalize else weights_BHNN
+        if not self.normalize:
+            return log2_weights(exponentials_BHNN, exponentials_BHNN.sum(-1, keepdim=True), self.bits)
+        weights_BHNN = log2_weights(exponentials_BHNN, self.exp.greatest, self.bits)
+        return weights_BHNN / weights_BHNN.sum(-1, keepdim=True)
 
     def describe(self) -> dict[str, Any]:
         """Arguments of the constructor."""

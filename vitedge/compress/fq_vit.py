@@ -40,7 +40,7 @@ class Config(Section):
     attention_bits: int = Field(4, ge=2, le=8, description="of attention weights after softmax; with log2 at most 5")
     normalize: bool = Field(
         False,
-        description="softmax: log2: divide each row of weights by its sum, as the paper does not; they are then powers of two times it",
+        description="softmax: log2: count codes from each row's greatest weight and divide the row by its sum; the paper does neither",
     )
     method: Literal["minmax", "moving_average", "percentile", "mse"] = Field(
         "minmax", description="how ranges of activations are found; those of LayerNorm inputs are always their extremes"
