@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/vitedge verify deit_tiny_int8-cpu.zip
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Trains and measures on real data; needs VITEDGE_DATA and VITEDGE_WEIGHTS, took 6 minutes on two cores.
 slow: $(STAMP)

@@ -107,7 +107,9 @@ def scale_and_zero(span: Span, symmetric: bool) -> tuple[np.float32, np.uint8]:
     if symmetric:
         reach = max(-low, high)
         low, high = (-reach if low < 0 else 0.0), reach
-    scale = np.float32((high - low) / 255) or np.float32(1)  # a constant zero, or what float32 cannot tell from it
+    step = (high - low) / 255
+    # A constant zero, or a step below float32's smallest normal number, as in `vitedge.numerics.parameters`.
+    scale = np.float32(step) if step >= np.finfo(np.float32).tiny else np.float32(1)
     return scale, np.uint8(np.clip(np.round(-low / scale), 0, 255))
 
 
