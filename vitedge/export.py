@@ -31,7 +31,7 @@ from vitedge.model_file import write_contract
 from vitedge.models.build import load_checkpoint
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import ExportConfig
-from vitedge.runtimes import Target
+from vitedge.runtimes import Session, Target
 from vitedge.runtimes import onnxruntime as engine
 
 INPUT, OUTPUT = "pixels", "logits"
@@ -198,14 +198,13 @@ def _translations() -> dict[Any, Any]:
     }
 
 
-def check(artifact: Artifact, runtime: str, target: Target, job: ExportJob, reference_BC: np.ndarray) -> dict[str, Any]:
-    """Compare a file in a runtime with the logits it must give.
+def check(artifact: Artifact, runtime: str, session: Session, job: ExportJob, reference_BC: np.ndarray) -> dict[str, Any]:
+    """Compare a file in a runtime's session with the logits it must give.
 
     Raises:
         GateError: They differ.
     """
     batch_size = int(artifact.notes.get("batch_size", 0)) or min(32, len(job.x_BCHW))
-    session = plugins.load("runtimes", runtime).load(artifact, target)
     logits_BC = np.concatenate([session(job.x_BCHW[i : i + batch_size]) for i in range(0, len(job.x_BCHW), batch_size)])
     result = parity(reference_BC, logits_BC)
     where, found = f"{artifact.path} in {runtime}", f"top1_agreement {result.top1_agreement:.2f} %"
@@ -252,11 +251,14 @@ def _save(job: ExportJob, proto: onnx.ModelProto, name: str, reference_BC: np.nd
             tools=tool_versions(["torch", "onnx", "onnxscript", "timm"]),
         )
         fixed = notes.get("batch_size")
-        found = {"parity": check(artifact, "onnxruntime", Target(engine.CPU, threads=1, batch_size=fixed), job, reference_BC)}
+        session = engine.load(artifact, Target(engine.CPU, threads=1, batch_size=fixed))
+        found = {"parity": check(artifact, "onnxruntime", session, job, reference_BC)}
         if job.quantized:
-            found["node_counts"] = dict(engine.load(artifact, Target(engine.CPU, threads=1, batch_size=fixed)).facts.node_counts)
-            if plugins.load("runtimes", "openvino").available().version:
-                found["parity_openvino"] = check(artifact, "openvino", Target("CPU", threads=1, batch_size=fixed), job, reference_BC)
+            found["node_counts"] = dict(session.facts.node_counts)
+        openvino = plugins.load("runtimes", "openvino")
+        if job.quantized and openvino.available().version:
+            session = openvino.load(artifact, Target("CPU", threads=1, batch_size=fixed))
+            found["parity_openvino"] = check(artifact, "openvino", session, job, reference_BC)
     return replace(artifact, files=(path,), notes={**artifact.notes, **found})
 
 

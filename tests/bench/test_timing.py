@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain, cycle, repeat
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vitedge.bench.timing import time_iterations, warm_up
@@ -56,7 +56,15 @@ def test_warm_up_gives_a_slow_model_its_three_windows():
     assert fake.calls == 6
 
 
-@settings(max_examples=25)  # every one collects garbage
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """What other tests have left is not looked through at every collection."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("little_garbage")
 @given(st.integers(1, 50), st.floats(0.001, 2.0), st.integers(1, 300))
 def test_loop_reaches_both_bounds_and_not_one_inference_more(iterations, seconds, each_ms):
     fake = Fake(repeat(each_ms * MS))

@@ -143,7 +143,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path
 def test_a_checkpoint_gives_the_same_model(quantized: tuple[nn.Module, Path]) -> None:
     model, path = quantized
     loaded, meta = load_checkpoint(path)
-    assert meta.structure[0][1]["scheme"] == fq_vit.scheme(fq_vit.Config()) == "fqvit_w8a8_log4"
+    assert meta.structure[0][1]["scheme"] == fq_vit.scheme(fq_vit.Config()) == "int8_fqvit_w8a8_log4"
     x_BCHW = made.batch(range(16)).x_BCHW
     with torch.inference_mode():
         assert torch.equal(loaded(x_BCHW), model(x_BCHW))

@@ -299,7 +299,7 @@ def test_what_it_refuses() -> None:
 
 
 def test_its_files_carry_its_bits() -> None:
-    assert lsq.scheme(lsq.Config(weight_bits=4)) == "lsq_w4a8"
+    assert lsq.scheme(lsq.Config(weight_bits=4)) == "int8_lsq_w4a8"
 
 
 class UniformImages(np.ndarray):
@@ -426,8 +426,8 @@ def test_a_recipe_is_trained_and_exported_by_the_command_line(tmp_path: Path, co
     assert run_cli(arguments) == 0
     capsys.readouterr()
     manifest = Manifest.load(tmp_path / "out")
-    file = manifest.artifacts["model.lsq_w4a8.onnx"]
-    assert file.scheme == "lsq_w4a8" and "model.fp32.onnx" in manifest.artifacts
+    file = manifest.artifacts["model.int8_lsq_w4a8.onnx"]
+    assert file.scheme == "int8_lsq_w4a8" and "model.fp32.onnx" in manifest.artifacts
     assert file.notes["parity"]["top1_agreement"] >= 99.0
     done = next(step["lsq"] for step in manifest.artifacts["checkpoint.safetensors"].notes["steps"] if "lsq" in step)
     assert done["start"] in ("lsq", "mse") and done["calibration_images"] == 32 and done["layers"] == 26

@@ -43,7 +43,7 @@ def coloured_split(count: int, seed: int) -> Split:
 
 def tiny_vit(drop_path: float = 0.1) -> nn.Module:
     torch.manual_seed(0)
-    return create("vit_tiny_patch16_224", 8, 4, 3, drop_path=drop_path, patch_drop=0.25)
+    return create("vit_tiny_patch16_224", 8, 4, 3, drop_path=drop_path, patch_drop=0.25, options={"embed_dim": 96, "depth": 3})
 
 
 def job(folder: Path, config: TrainConfig, **changes: object) -> TrainJob:

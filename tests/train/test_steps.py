@@ -122,6 +122,13 @@ def test_a_technique_that_nothing_follows_is_refused(builds: Path, colours: Path
     assert "steps.1: expected a `train` step after `distill`" in capsys.readouterr().err
 
 
+def test_integers_are_not_trained_on(builds: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_named(builds, "integers", colours, STUDENT, [{"fq_vit": {"images": 100}}, {"train": {**TRAIN, "steps": 2}}])
+    assert run(["train", "--recipe", str(recipe), "-o", str(builds / "integers")]) == 2
+    assert "steps.1: expected a float model to train, found one that an earlier step quantized" in capsys.readouterr().err
+    assert not (builds / "integers" / "checkpoint.safetensors").exists()
+
+
 def test_another_teacher_is_another_student(builds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "teacher").mkdir()
     first = (builds / "teacher" / "checkpoint.safetensors").read_bytes()

@@ -8,7 +8,8 @@ losses and hooks on the `train` steps after it.
 
 A technique whose result is no longer the architecture's own modules also offers `rebuild(model, structure)`, which
 gives a newly built model the saved one's modules (not their values): that is how a checkpoint loads without pickle.
-One that makes a quantized model offers `scheme(config) -> str`, the name that its exported files carry.
+One that makes a quantized model offers `scheme(config) -> str`, the name that its exported files carry (`int8_` first
+where products run in 8 bits).
 
 A parameter that a technique adds may carry an attribute `lr_scale: float`: its learning rate is that many times the
 schedule's, with any optimizer, layer-wise decay aside; it has no weight decay and AdamW's steps where the rest has Muon's.

@@ -61,9 +61,9 @@ def files(config: Config, builds: Path) -> list[Path]:
 
 
 def scheme(config: Config) -> str:
-    """Name of the exported files' scheme, such as `fqvit_w8a8_log4`."""
+    """Name of the exported files' scheme, such as `int8_fqvit_w8a8_log4`."""
     kind = {"log2": "log", "uniform": "uni"}[config.softmax]
-    return f"fqvit_w{config.weight_bits}a{config.activation_bits}_{kind}{config.attention_bits}"
+    return f"int8_fqvit_w{config.weight_bits}a{config.activation_bits}_{kind}{config.attention_bits}"
 
 
 def apply(model: nn.Module, config: Config, context: Context) -> Compressed:

@@ -45,8 +45,8 @@ def files(config: Config, builds: Path) -> list[Path]:
 
 
 def scheme(config: Config) -> str:
-    """`lsq_w4a8` for weights of 4 bits and activations of 8."""
-    return f"lsq_w{config.weight_bits}a{config.activation_bits}"
+    """`int8_lsq_w4a8` for weights of 4 bits and activations of 8: schemes begin with the arithmetic that runs."""
+    return f"int8_lsq_w{config.weight_bits}a{config.activation_bits}"
 
 
 def apply(model: nn.Module, config: Config, context: Context) -> Compressed:

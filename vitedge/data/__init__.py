@@ -6,8 +6,8 @@ are for the final figure: calibration and tuning take train and validation image
 
 from vitedge.data.fill import fill, wants_data
 from vitedge.data.identity import digest
-from vitedge.data.loading import load
+from vitedge.data.loading import load, load_for
 from vitedge.data.locate import find
 from vitedge.data.records import Dataset, Images, Source, Split
 
-__all__ = ["Dataset", "Images", "Source", "Split", "digest", "fill", "find", "load", "wants_data"]
+__all__ = ["Dataset", "Images", "Source", "Split", "digest", "fill", "find", "load", "load_for", "wants_data"]

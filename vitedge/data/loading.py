@@ -58,6 +58,28 @@ def load(source: Source, validation: float = 0.1, split_seed: int = 0, progress:
     return Dataset(source.name, label, contents.classes, identity, splits["train"], splits["validation"], splits.get("test"), tuple(notes))
 
 
+def load_for(labels: tuple[str, ...], model: str, source: Source, validation: float, split_seed: int) -> Dataset:
+    """As `load`, refusing a data set of other classes than a model's.
+
+    Args:
+        labels: The model's class names in output order; empty where its file does not say.
+        model: Its name, for the error.
+        source, validation, split_seed: As `load`.
+
+    Raises:
+        InputError: The classes differ; and as `load`.
+    """
+    dataset = load(source, validation, split_seed)
+    if labels and labels != dataset.classes:
+        raise InputError(
+            str(source.path),
+            expected=f"the {len(labels)} classes of {model} ({', '.join(labels[:3])} ...)",
+            found=f"{len(dataset.classes)} classes ({', '.join(dataset.classes[:3])} ...)",
+            fix="name the data set this model was trained on with --data",
+        )
+    return dataset
+
+
 def _read(source: Source, identity: str, progress: Progress) -> Decoded:
     members, where = open_members(source.path), str(source.path)
     if source.kind == "cifar_binary":

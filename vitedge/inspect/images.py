@@ -10,7 +10,7 @@ import numpy as np
 from vitedge import data as datasets
 from vitedge.artifact import Artifact
 from vitedge.data.sample import sample
-from vitedge.errors import InputError, UsageError
+from vitedge.errors import UsageError
 from vitedge.recipe import DataSpec, Recipe, load_recipe
 
 
@@ -67,12 +67,5 @@ def load_images(artifact: Artifact, folder: Path | None, option: str | None, rec
             fix="name it with --data NAME|PATH",
         )
     source = datasets.find(spec.name, option, download=False)
-    dataset = datasets.load(source, spec.validation, spec.split_seed)
-    if artifact.labels and artifact.labels != dataset.classes:
-        raise InputError(
-            str(source.path),
-            expected=f"the {len(artifact.labels)} classes of {artifact.path.name} ({', '.join(artifact.labels[:3])} ...)",
-            found=f"{len(dataset.classes)} classes ({', '.join(dataset.classes[:3])} ...)",
-            fix="name the data set this model was trained on with --data",
-        )
+    dataset = datasets.load_for(artifact.labels, artifact.path.name, source, spec.validation, spec.split_seed)
     return Images(sample(dataset, contract, count, seed), dataset.label, seed)

@@ -13,12 +13,11 @@ import numpy as np
 import onnx
 
 from vitedge.artifact import Artifact
-from vitedge.errors import InputError
 from vitedge.inspect.onnx_layers import Layers, find_layers, name_nodes
 from vitedge.inspect.sources import Read, Source
 from vitedge.model_file import input_spec
 from vitedge.model_file.onnx_wire import batch_symbol
-from vitedge.runtimes import brief
+from vitedge.runtimes import not_runnable
 
 _ERROR_LEVEL = 3
 
@@ -97,9 +96,4 @@ def _trying(artifact: Artifact, work: Any) -> Any:
     try:
         return work()
     except Exception as error:  # the engine's errors share no class
-        raise InputError(
-            str(artifact.path),
-            expected="an ONNX model that ONNX Runtime can run",
-            found=brief(error),
-            fix="export it again, or check the file",
-        ) from error
+        raise not_runnable(artifact, "ONNX Runtime", error) from error

@@ -143,14 +143,7 @@ def load_images(artifact: Artifact, source: datasets.Source, spec: DataSpec, cou
             found="none",
             fix="take a recipe's with --recipe NAME|PATH",
         )
-    dataset = datasets.load(source, spec.validation, spec.split_seed)
-    if artifact.labels and artifact.labels != dataset.classes:
-        raise InputError(
-            str(source.path),
-            expected=f"the {len(artifact.labels)} classes of {artifact.path.name} ({', '.join(artifact.labels[:3])} ...)",
-            found=f"{len(dataset.classes)} classes ({', '.join(dataset.classes[:3])} ...)",
-            fix="name the data set this model was trained on with --data",
-        )
+    dataset = datasets.load_for(artifact.labels, artifact.path.name, source, spec.validation, spec.split_seed)
     generator = np.random.default_rng(seed)
     picks = []
     for split, wanted in ((dataset.train, count), (dataset.validation, HELD_OUT_IMAGES)):

@@ -166,6 +166,16 @@ def wrong_input(artifact: Artifact, wanted: tuple[int | None, ...], x_BCHW: np.n
     )
 
 
+def not_runnable(artifact: Artifact, engine: str, error: BaseException) -> InputError:
+    """The error for a file that an engine cannot open or run."""
+    return InputError(
+        str(artifact.path),
+        expected=f"an ONNX model that {engine} can run",
+        found=brief(error),
+        fix="export it again, or check the file",
+    )
+
+
 def refused(runtime: str, target: Target, why: str) -> UnavailableError:
     """The error for a float precision that a provider does not have."""
     return UnavailableError(

@@ -23,7 +23,7 @@ from vitedge.artifact import Artifact, saying_where
 from vitedge.errors import InputError, UnavailableError, WorkerError
 from vitedge.host import gpus, tool_versions
 from vitedge.model_file.onnx_wire import batch_symbol
-from vitedge.runtimes import Availability, Facts, Session, Target, brief, check_request, refused, wrong_input
+from vitedge.runtimes import Availability, Facts, Session, Target, brief, check_request, not_runnable, refused, wrong_input
 
 FORMATS = ("onnx",)
 HEAVY = "onnxruntime"
@@ -150,12 +150,7 @@ def _open(artifact: Artifact, target: Target, options: Any) -> Any:
     try:
         return onnxruntime.InferenceSession(os.fspath(artifact.path), options, providers=_providers(target, artifact.scheme))
     except _engine_errors() as error:
-        raise InputError(
-            str(artifact.path),
-            expected="an ONNX model that ONNX Runtime can run",
-            found=brief(error),
-            fix="export it again, or check the file",
-        ) from error
+        raise not_runnable(artifact, "ONNX Runtime", error) from error
 
 
 def _check_ends(artifact: Artifact, session: Any) -> None:

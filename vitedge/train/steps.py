@@ -27,6 +27,7 @@ from vitedge.data import Dataset, Split
 from vitedge.data.sample import labelled_sample
 from vitedge.errors import InputError, UsageError
 from vitedge.models.build import CheckpointMeta, build, read_meta, read_tensors, save_checkpoint, write_tensors
+from vitedge.models.quantized import is_quantized
 from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
@@ -164,6 +165,13 @@ class _Steps:
     def train(self, index: int, config: TrainConfig) -> dict[str, Any]:
         """One `train` step, or what an earlier, interrupted run has left of it."""
         job = self.job
+        if is_quantized(self.model):  # integers have no gradient; LSQ and DiffQ leave theirs after the last `train`
+            raise UsageError(
+                f"steps.{index}",
+                expected="a float model to train",
+                found="one that an earlier step quantized",
+                fix="move `train` before it",
+            )
         # What comes after this step, and how often it is saved, change nothing about it.
         before = [
             [name, {**plain, "checkpoint_every": None}]
