@@ -77,6 +77,7 @@ def context(builds: Path, **changes: Any) -> Context:
         augmentation={"shift": 1},
         views=2,
         builds=builds,
+        untouched=student,
         sample=sample,
     )
     return replace(made, **changes)

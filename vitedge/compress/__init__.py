@@ -82,6 +82,8 @@ class Context:
         views: `train.views`, how many views each image has, where that and the augmentation are the same in all
             `train` steps to come; else 0, as for a new view every epoch.
         builds: The folder that holds build folders.
+        untouched: `untouched()` gives the architecture as it is without any technique, with random weights: what relative
+            targets count from.
         sample: `sample(count)` gives so many train images as model inputs, float32 (count, C, H, W), not augmented, and
             their classes int64 (count,); the same ones whenever it is asked. Never of validation or test.
     """
@@ -97,6 +99,7 @@ class Context:
     augmentation: dict[str, Any]
     views: int
     builds: Path
+    untouched: Callable[[], nn.Module]
     sample: Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
@@ -112,6 +115,8 @@ class Compressed:
         convert: Called on the model after them; returns the model that is saved.
         structure: Called on the model that is saved; gives plain data from which `rebuild` makes its modules again.
             None where the architecture's own modules are all there is.
+        ends: Names of techniques that are over with this one: it took what they left in the model, and their losses and
+            hooks, `convert` and `structure` count no more.
     """
 
     model: nn.Module
@@ -120,3 +125,4 @@ class Compressed:
     on_step: Callable[[int, int], None] | None = None
     convert: Callable[[nn.Module], nn.Module] | None = None
     structure: Callable[[nn.Module], dict[str, Any]] | None = None
+    ends: tuple[str, ...] = ()

@@ -43,6 +43,10 @@ def quantize_model(model: nn.Module, config: Config, x_BCHW: torch.Tensor, torch
         InputError: An activation is infinite or NaN.
     """
     attentions, training = open_attention(model), model.training
+    for name in attentions:
+        if model.get_submodule(name).core is not None:
+            found = f"another kind in {name}"
+            raise UsageError("fq_vit", expected="softmax attention", found=found, fix="leave out the technique that replaced it")
     linears, norms = layers(model)
     products = [f"{name}.{slot}" for name in attentions for slot in ("on_query", "on_key", "on_value")]
     softmaxes = [f"{name}.softmax" for name in attentions]

@@ -82,6 +82,7 @@ def _find(model: nn.Module, config: Config) -> tuple[dict[str, str], list[str]]:
         UsageError: A pattern matches none, nothing is left, or a layer cannot be quantized.
     """
     attention = open_attention(model) if config.attention else []
+    attention = [name for name in attention if model.get_submodule(name).core is None]  # only softmax has two products
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     kinds = dict.fromkeys(layers, OFFSET) | {f"{name}.{slot}": kind for name in attention for slot, kind in SLOTS.items()}
     for pattern in config.exclude:

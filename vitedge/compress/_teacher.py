@@ -8,6 +8,8 @@ one size. Shapes: B batch, C channels or classes, H height, W width.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import nn
 
 from vitedge.artifact import digest_of, hash_files
 from vitedge.compress import Batch, Context
@@ -109,6 +112,14 @@ def load_teacher(path: Path, context: Context) -> Teacher:
     except ValueError as error:
         raise InputError(str(path), expected="a checkpoint of vitedge", found=str(error), fix="train the teacher again") from error
     return Teacher(model, contract, meta.arch, sha256, context.torch_device, context.precision)
+
+
+def own_teacher(model: nn.Module, context: Context) -> Teacher:
+    """A copy of the model as it is now, before the techniques and the training to come."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return Teacher(copy.deepcopy(model), context.contract, "self", digest.hexdigest(), context.torch_device, context.precision)
 
 
 def _check_classes(path: Path, meta: CheckpointMeta, context: Context) -> None:

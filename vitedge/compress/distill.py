@@ -3,6 +3,7 @@
 Touvron et al. 2021, "Training data-efficient image transformers & distillation through attention", section 3: hard
 (equation 3) and soft (equation 2), through a distillation token where the student has one. For a student
 without it both terms act on the same logits (Hinton et al. 2015). The teacher sees the student's own augmented pixels.
+`teacher: self` is the model as it stands at this step, kept as it is: what a technique after it takes away is taught back.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHECKPOINT = "checkpoint.safetensors"
+SELF = "self"
 PAPER_WEIGHT = {"hard": 0.5, "soft": 0.1}  # equation 3's halves, and the lambda of section 5.2
 
 
 class Config(Section):
     """Who teaches, and how much it counts."""
 
-    teacher: str = Field(min_length=1, description="name of the teacher's recipe, or path of a vitedge checkpoint or of its build folder")
+    teacher: str = Field(
+        min_length=1,
+        description="name of the teacher's recipe, or path of a vitedge checkpoint or of its build folder; self: the model as it is now",
+    )
     kind: Literal["hard", "soft"] = Field("hard", description="hard: learn the teacher's class; soft: learn its probabilities")
     weight: float | None = Field(
         None, gt=0, lt=1, description="share of the loss that is the teacher's; null: 0.5 for hard and 0.1 for soft, the paper's"
@@ -53,12 +58,12 @@ class Config(Section):
 
 
 def files(config: Config, builds: Path) -> list[Path]:
-    """The teacher's checkpoint.
+    """The teacher's checkpoint; none where the model teaches itself.
 
     Raises:
         UsageError: It is not there; names the command that makes it.
     """
-    return [_checkpoint(config.teacher, builds)]
+    return [] if config.teacher == SELF else [_checkpoint(config.teacher, builds)]
 
 
 def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
@@ -72,7 +77,6 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
         InputError: The teacher is damaged, or its classes are not the data's.
         OutputError: The cache cannot be written.
     """
-    checkpoint = _checkpoint(config.teacher, context.builds)
     if config.cache and not context.views:
         raise UsageError(
             "distill.cache",
@@ -81,7 +85,7 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
             fix="set train.views, or distill.cache: false",
         )
     from vitedge.compress._distill import Distillation, join_heads, split_heads
-    from vitedge.compress._teacher import CachedTeacher, load_teacher
+    from vitedge.compress._teacher import CachedTeacher, load_teacher, own_teacher
     from vitedge.models.heads import has_distillation_token
 
     has_token = has_distillation_token(model)
@@ -92,7 +96,7 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
             found=type(model).__name__,
             fix="set head: auto, or model.arch to one like deit_tiny_distilled_patch16_224",
         )
-    teacher = load_teacher(checkpoint, context)
+    teacher = own_teacher(model, context) if config.teacher == SELF else load_teacher(_checkpoint(config.teacher, context.builds), context)
     token = has_token and config.head != "class"
     notes: dict[str, Any] = {"teacher": {"arch": teacher.arch, "sha256": teacher.sha256}, "kind": config.kind, "weight": config.share}
     notes |= {"head": "token" if token else "class", "cache": None}

@@ -1,10 +1,11 @@
-"""timm's attention with its two products laid open, for techniques that change what goes into them or comes out.
+"""timm's attention laid open, for techniques that change what goes into its products, what comes out, or how tokens attend at all.
 
-Shapes: B batch, N tokens, D embed_dim, H heads, K head_dim.
+Shapes: B batch, N tokens, D embed_dim, H heads, K width of a head's queries and keys, V width of its values.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +14,45 @@ from torch import nn
 from vitedge.errors import UsageError
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What attention gives, and what it went by.
+
+    Attributes:
+        out_BND: The attended tokens, after the output projection.
+        keys_BHNK: Keys, normalized where the model does that.
+        weights_BHNN: The weights, a row for each query; None where a core made none.
+    """
+
+    out_BND: torch.Tensor
+    keys_BHNK: torch.Tensor
+    weights_BHNN: torch.Tensor | None
+
+
 class OpenAttention(nn.Module):  # type: ignore[misc]  # the library carries no types
     """Softmax attention as timm computes it, with a module at every point where a technique may act.
 
-    The layers are those of the attention it is made from, under the same names, so that its weights keep theirs.
+    The layers are those of the attention it is made from, under the same names, so that its weights keep theirs. Heads need not
+    be as many, nor as wide, as the architecture has them: what `qkv` gives is queries, keys and values, in heads.
 
     Args:
         attention: timm's.
 
     Attributes:
+        num_heads, key_dim, value_dim: H, K and V. `qkv` has H (2 K + V) output features and `proj` H V input features.
+        scale: What queries are multiplied by; that of the architecture, also where K is smaller than it was.
         on_query, on_key, on_value: Take what goes into the products: BHNK, scaled already; BHKN, for a transposition between
-            rounding and product is what ONNX Runtime 1.31 fails to load where the integers are signed; BHNK.
+            rounding and product is what ONNX Runtime 1.31 fails to load where the integers are signed; BHNV.
         softmax: Makes weights out of scores, BHNN.
         on_weights: Takes the weights, BHNN.
+        core: Attends in the place of softmax: called with scaled queries BHNK, keys BHNK and values BHNV, it gives BHNV.
+            None for softmax, whose points of action are the ones above.
     """
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.scale = attention.num_heads, attention.head_dim, attention.scale
+        self.num_heads, self.key_dim, self.value_dim = attention.num_heads, attention.head_dim, attention.head_dim
+        self.scale: float = attention.scale
         self.qkv, self.proj = attention.qkv, attention.proj
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
@@ -39,6 +61,7 @@ class OpenAttention(nn.Module):  # type: ignore[misc]  # the library carries no 
         self.on_value: nn.Module = nn.Identity()
         self.on_weights: nn.Module = nn.Identity()
         self.softmax: nn.Module = nn.Softmax(dim=-1)
+        self.core: nn.Module | None = None
 
     def forward(self, x_BND: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Attended tokens, BND; timm's signature.
@@ -48,21 +71,51 @@ class OpenAttention(nn.Module):  # type: ignore[misc]  # the library carries no 
         """
         if attn_mask is not None or is_causal:
             raise ValueError("attention without a mask")
+        return self.attend(x_BND).out_BND
+
+    def attend(self, x_BND: torch.Tensor, bias_BN: torch.Tensor | None = None) -> Attended:
+        """As `forward`, with what it went by.
+
+        Args:
+            x_BND: Tokens.
+            bias_BN: Added to every query's score of a key, as the logarithm of the number of tokens it stands for.
+
+        Raises:
+            ValueError: A bias where a core attends.
+        """
         batch, tokens, _ = x_BND.shape
-        qkv = self.qkv(x_BND).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q_BHNK, k_BHNK, v_BHNK = qkv.unbind(0)
-        q_BHNK, k_BHKN = self.on_query(self.q_norm(q_BHNK) * self.scale), self.on_key(self.k_norm(k_BHNK).transpose(-2, -1))
-        weights_BHNN = self.on_weights(self.attn_drop(self.softmax(q_BHNK @ k_BHKN)))
-        out_BND = (weights_BHNN @ self.on_value(v_BHNK)).transpose(1, 2).reshape(batch, tokens, -1)
-        out: torch.Tensor = self.proj_drop(self.proj(self.norm(out_BND)))
-        return out
+        q_BHNK, k_BHNK, v_BHNV = self._heads(self.qkv(x_BND), batch, tokens)
+        q_BHNK, k_BHNK = self.q_norm(q_BHNK) * self.scale, self.k_norm(k_BHNK)
+        weights_BHNN = None
+        if self.core is not None:
+            if bias_BN is not None:
+                raise ValueError("a bias needs softmax attention")
+            out_BHNV = self.core(q_BHNK, k_BHNK, v_BHNV)
+        else:
+            scores_BHNN = self.on_query(q_BHNK) @ self.on_key(k_BHNK.transpose(-2, -1))
+            if bias_BN is not None:
+                scores_BHNN = scores_BHNN + bias_BN[:, None, None, :]
+            weights_BHNN = self.on_weights(self.attn_drop(self.softmax(scores_BHNN)))
+            out_BHNV = weights_BHNN @ self.on_value(v_BHNV)
+        out_BND = self.proj_drop(self.proj(self.norm(out_BHNV.transpose(1, 2).reshape(batch, tokens, -1))))
+        return Attended(out_BND, k_BHNK, weights_BHNN)
+
+    def _heads(self, qkv_BND: torch.Tensor, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, BHNK, BHNK and BHNV."""
+        heads = self.num_heads
+        if self.key_dim == self.value_dim:  # timm's own operations, whose pattern runtimes know
+            q, k, v = qkv_BND.reshape(batch, tokens, 3, heads, self.key_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            return q, k, v
+        parts = qkv_BND.split([heads * self.key_dim, heads * self.key_dim, heads * self.value_dim], dim=-1)
+        q, k, v = (part.reshape(batch, tokens, heads, -1).transpose(1, 2) for part in parts)
+        return q, k, v
 
 
 def open_attention(model: nn.Module) -> list[str]:
     """Replace timm's attention in every block by `OpenAttention`, in place; what is open already stays.
 
     Returns:
-        Names of the attention modules, in order.
+        Names of the attention modules, in order, those with a core of their own included.
 
     Raises:
         UsageError: The model has no attention of timm's `VisionTransformer`, or one that is gated.

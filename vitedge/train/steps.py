@@ -134,6 +134,7 @@ class _Steps:
                     fix="move it before `train`",
                 )
             self.model = compressed.model
+            self.active = [(active, c) for active, c in self.active if active not in compressed.ends]
             self.active.append((name, compressed))
             record = compressed.notes
         self.notes.append({name: record})
@@ -159,8 +160,14 @@ class _Steps:
             augmentation,
             config.views if fixed else 0,
             job.path.parent.parent,
+            self.untouched,
             partial(labelled_sample, job.dataset, job.recipe.contract(), seed=job.recipe.seed),
         )
+
+    def untouched(self) -> nn.Module:
+        """The architecture with random weights; torch's random numbers stay as they were."""
+        with torch.random.fork_rng(devices=[]):
+            return self.meta.create()
 
     def train(self, index: int, config: TrainConfig) -> dict[str, Any]:
         """One `train` step, or what an earlier, interrupted run has left of it."""
