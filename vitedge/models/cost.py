@@ -1,69 +1,169 @@
-"""What a PyTorch model holds and does, module by module: weights, multiply-accumulates for one image, bytes as float32.
+"""What a PyTorch model holds and does, module by module: weights, multiply-accumulates for one image, bytes in a checkpoint.
 
 Counted as a file's are (`vitedge.bench.cost`): matrix products and convolutions, once per use; not normalization, softmax,
-activation functions or additions. PyTorch's own counter sees every product that really runs, whatever module it stands in.
+activation functions or additions. PyTorch's own counter sees every product that really runs, whatever it stands in. Which module
+it ran in is told by hooks here and not by the counter, whose names begin with the model's class, know only the last of the places
+where a module is registered, and are wrong for modules that are registered nowhere. A product belongs to the innermost module
+that was called around it, and with that one to all that it stands in by name.
 Shapes: C channels, H height, W width.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-FLOAT_BYTES = 4
+from vitedge.models.quantized import IntegerWeight
 
 
 @dataclass(frozen=True)
 class ModuleCost:
-    """What a module and all inside it hold and do.
+    """What a module holds and does.
 
     Attributes:
-        params: Weights, each once however often it is used.
+        params: Weights, each once however often it is used; integers of a quantized layer as well, scales and zero points not.
         macs: Multiply-accumulates for one image.
+        bytes: Of its tensors in a checkpoint: floats as they are, integers packed.
     """
 
     params: int
     macs: int
-
-    @property
-    def bytes(self) -> int:
-        """Of the weights as float32."""
-        return self.params * FLOAT_BYTES
-
-
-def count_modules(model: nn.Module, shape_CHW: tuple[int, int, int]) -> dict[str, ModuleCost]:
-    """Cost of every module by name, the whole model under `""`; modules that hold and do nothing are left out.
-
-    Args:
-        model: Any model; it is left in the mode and with the weights it has.
-        shape_CHW: Of one image.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training = model.training
-    parameter = next(model.parameters())
-    x_BCHW = torch.zeros(1, *shape_CHW, device=parameter.device, dtype=parameter.dtype)
-    counter: Any = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), counter:
-            model.eval()(x_BCHW)
-    finally:
-        model.train(training)
-    # The counter names modules by their path below the class of the model, and counts two operations for a multiply-accumulate.
-    root = type(model).__name__
-    flops = {path.removeprefix(root).removeprefix("."): sum(counts.values()) for path, counts in counter.get_flop_counts().items()}
-    costs = {}
-    for name, module in model.named_modules():
-        params = sum(p.numel() for p in {*module.parameters()})
-        macs = (counter.get_total_flops() if name == "" else flops.get(name, 0)) // 2
-        if params or macs:
-            costs[name] = ModuleCost(params, macs)
-    return costs
+    bytes: int
 
 
 def count(model: nn.Module, shape_CHW: tuple[int, int, int]) -> ModuleCost:
     """Cost of the whole model; see `count_modules`."""
     return count_modules(model, shape_CHW)[""]
+
+
+def count_modules(model: nn.Module, shape_CHW: tuple[int, int, int]) -> dict[str, ModuleCost]:
+    """Cost of every module and all inside it, by name, the whole model under `""`; modules that hold and do nothing are left out.
+
+    Args:
+        model: Any model with parameters; it is left in the modes and with the weights it has, and draws no random number.
+        shape_CHW: Of one image.
+    """
+    return with_inner(count_own(model, shape_CHW))
+
+
+def count_own(model: nn.Module, shape_CHW: tuple[int, int, int]) -> dict[str, ModuleCost]:
+    """Cost of every module without the modules inside it; all modules are there, those that hold and do nothing too.
+
+    Args:
+        model: As in `count_modules`.
+        shape_CHW: Of one image.
+    """
+    params, macs, stored = _own_params(model), _own_macs(model, shape_CHW), _own_bytes(model)
+    return {name: ModuleCost(params[name], macs[name], stored[name]) for name, _ in model.named_modules()}
+
+
+def with_inner(own: dict[str, ModuleCost]) -> dict[str, ModuleCost]:
+    """Costs of modules and all inside them from `count_own`'s; modules that hold and do nothing are left out."""
+    totals = {name: [0, 0, 0] for name in own}
+    for name, cost in own.items():
+        parts = name.split(".") if name else []
+        for depth in range(len(parts) + 1):
+            total = totals[".".join(parts[:depth])]
+            for position, figure in enumerate((cost.params, cost.macs, cost.bytes)):
+                total[position] += figure
+    return {name: ModuleCost(*total) for name, total in totals.items() if any(total)}
+
+
+def _own_params(model: nn.Module) -> defaultdict[str, int]:
+    own: defaultdict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters():  # names one that stands in two places once
+        own[name.rpartition(".")[0]] += parameter.numel()
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerWeight):
+            own[name] += module.values.numel()
+    return own
+
+
+def _own_bytes(model: nn.Module) -> defaultdict[str, int]:
+    own: defaultdict[str, int] = defaultdict(int)
+    names = {name for name, _ in model.named_modules()}
+    seen: set[int] = set()
+    # With `keep_vars` a tensor that stands in two places is the same object in both; modules that do are in `names` once.
+    state = model.state_dict(keep_vars=True)
+    for key, tensor in state.items():
+        owner = key.rpartition(".")[0]
+        if owner in names and id(tensor) not in seen:
+            seen.add(id(tensor))
+            own[owner] += tensor.numel() * tensor.element_size()
+    return own
+
+
+def _own_macs(model: nn.Module, shape_CHW: tuple[int, int, int]) -> defaultdict[str, int]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(model.parameters())
+    x_BCHW = torch.zeros(1, *shape_CHW, device=parameter.device, dtype=parameter.dtype)
+    # Products with a vector, which the counter has no formula for.
+    counter: Any = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.mv: _vector_operations, torch.ops.aten.dot: _vector_operations}
+    )
+    running = _Running(counter)
+    with _in_eval_mode(model), contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.callback(module.register_forward_pre_hook(partial(running.enter, name=name)).remove)
+            stack.callback(module.register_forward_hook(running.leave).remove)
+        with counter:
+            model(x_BCHW)
+    return running.macs
+
+
+def _vector_operations(left_shape: Any, right_shape: Any, out_shape: Any = None) -> int:
+    """Operations of a matrix by a vector, or of two vectors: two for each value of the left one."""
+    return 2 * prod(left_shape)
+
+
+class _Running:
+    """Credits products, as they are counted, to the innermost module that is called around them.
+
+    Args:
+        counter: PyTorch's; it counts two operations for a multiply-accumulate.
+    """
+
+    def __init__(self, counter: Any) -> None:
+        self.counter = counter
+        self.macs: defaultdict[str, int] = defaultdict(int)
+        self.names: list[str] = []
+        self.credited = 0
+
+    def enter(self, module: nn.Module, inputs: Any, name: str) -> None:
+        """Before a module's forward."""
+        self.credit()
+        self.names.append(name)
+
+    def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """After it."""
+        self.credit()
+        self.names.pop()
+
+    def credit(self) -> None:
+        """Credit what was counted since the last time."""
+        counted = self.counter.get_total_flops() // 2
+        if self.names:
+            self.macs[self.names[-1]] += counted - self.credited
+        self.credited = counted
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model as it answers, without gradients; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -82,7 +82,7 @@ def make_checkpoint(job: CheckpointJob) -> dict[str, Any]:
         UnavailableError: The device, or an optional package, is not there.
         VitedgeError: Another process of the run is gone.
     """
-    run = _Steps(job, _meta(job))
+    run = _Steps(job, checkpoint_meta(job))
     with run.processes.all_alive(), contextlib.closing(run):
         for index, (name, config) in enumerate(job.recipe.steps):
             run.take(index, name, config)
@@ -124,7 +124,8 @@ class _Steps:
             technique = plugins.load("compress", name)
             if hasattr(technique, "scheme"):  # the model as it was in float is what its quantized file is compared with
                 self.save(self.model, self.job.path.with_name(FLOAT))
-            compressed = technique.apply(self.model, config, self.context(index))
+            context = technique_context(self.job, self.meta, index, self.processes.device.type)
+            compressed = technique.apply(self.model, config, context)
             trains_later = any(isinstance(c, TrainConfig) for _, c in self.job.recipe.steps[index:])
             if (compressed.losses or compressed.on_step) and not trains_later:
                 raise UsageError(
@@ -134,40 +135,9 @@ class _Steps:
                     fix="move it before `train`",
                 )
             self.model = compressed.model
-            self.active = [(active, c) for active, c in self.active if active not in compressed.ends]
-            self.active.append((name, compressed))
+            self.active = with_technique(self.active, name, compressed)
             record = compressed.notes
         self.notes.append({name: record})
-
-    def context(self, index: int) -> Context:
-        """What the technique at `index` may know, the `train` steps after it included."""
-        job = self.job
-        following = [config for _, config in job.recipe.steps[index:] if isinstance(config, TrainConfig)]
-        config = following[0] if following else TrainConfig()
-        augmentation = Augmentation.of(config).plain()
-        fixed = all(c.views == config.views and Augmentation.of(c).plain() == augmentation for c in following)
-        if job.dataset is None:
-            raise UsageError("steps", expected="a data set", found="none", fix="give --data, or set VITEDGE_DATA")
-        return Context(
-            self.meta.num_classes,
-            self.meta.labels,
-            job.recipe.contract(),
-            len(job.dataset.train.labels),
-            job.data_digest,
-            job.recipe.seed,
-            self.processes.device.type,
-            config.precision,
-            augmentation,
-            config.views if fixed else 0,
-            job.path.parent.parent,
-            self.untouched,
-            partial(labelled_sample, job.dataset, job.recipe.contract(), seed=job.recipe.seed),
-        )
-
-    def untouched(self) -> nn.Module:
-        """The architecture with random weights; torch's random numbers stay as they were."""
-        with torch.random.fork_rng(devices=[]):
-            return self.meta.create()
 
     def train(self, index: int, config: TrainConfig) -> dict[str, Any]:
         """One `train` step, or what an earlier, interrupted run has left of it."""
@@ -252,8 +222,7 @@ class _Steps:
 
     def convert_and_save(self, model: nn.Module, path: Path) -> nn.Module:
         """The model as techniques leave it after training; process 0 writes it."""
-        for _, compressed in reversed(self.active):
-            model = compressed.convert(model) if compressed.convert is not None else model
+        model = converted(model, self.active)
         model.float().cpu()
         self.save(model, path)
         return model
@@ -278,8 +247,60 @@ class _Steps:
         return {**{name: round(value, 4) for name, value in found.items()}, "images": len(batches)}
 
 
-def _meta(job: CheckpointJob) -> CheckpointMeta:
-    """Header of the checkpoint: classes come from the data, or from the weights where there is no data."""
+def technique_context(job: CheckpointJob, meta: CheckpointMeta, index: int, torch_device: str) -> Context:
+    """What the technique at `index` of the recipe may know, the `train` steps after it included.
+
+    Raises:
+        UsageError: There is no data set.
+    """
+    following = [config for _, config in job.recipe.steps[index:] if isinstance(config, TrainConfig)]
+    config = following[0] if following else TrainConfig()
+    augmentation = Augmentation.of(config).plain()
+    fixed = all(c.views == config.views and Augmentation.of(c).plain() == augmentation for c in following)
+    if job.dataset is None:
+        raise UsageError("steps", expected="a data set", found="none", fix="give --data, or set VITEDGE_DATA")
+    return Context(
+        meta.num_classes,
+        meta.labels,
+        job.recipe.contract(),
+        len(job.dataset.train.labels),
+        job.data_digest,
+        job.recipe.seed,
+        torch_device,
+        config.precision,
+        augmentation,
+        config.views if fixed else 0,
+        job.path.parent.parent,
+        partial(_untouched, meta),
+        partial(labelled_sample, job.dataset, job.recipe.contract(), seed=job.recipe.seed),
+    )
+
+
+def _untouched(meta: CheckpointMeta) -> nn.Module:
+    """The architecture with random weights; torch's random numbers stay as they were."""
+    with torch.random.fork_rng(devices=[]):
+        return meta.create()
+
+
+def with_technique(active: list[tuple[str, Compressed]], name: str, compressed: Compressed) -> list[tuple[str, Compressed]]:
+    """The techniques that count once one more has acted; those that it ends are over."""
+    return [*((other, c) for other, c in active if other not in compressed.ends), (name, compressed)]
+
+
+def converted(model: nn.Module, active: list[tuple[str, Compressed]]) -> nn.Module:
+    """What techniques make of a model that is trained no more, the last of them first; it may be the same one, changed in place."""
+    for _, compressed in reversed(active):
+        model = compressed.convert(model) if compressed.convert is not None else model
+    return model
+
+
+def checkpoint_meta(job: CheckpointJob) -> CheckpointMeta:
+    """Header of the checkpoint: classes come from the data, or from the weights where there is no data.
+
+    Raises:
+        UsageError: Nothing says which classes there are, or the embedded model has other sizes than the recipe.
+        InputError: The embedded model has another preprocessing.
+    """
     spec, contract = job.recipe.model, job.recipe.contract()
     header = read_meta(job.source.path) if job.source.kind == "builtin" and job.source.path else None
     if header is not None:
