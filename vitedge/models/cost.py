@@ -11,9 +11,10 @@ Shapes: C channels, H height, W width.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -21,7 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitedge.models.heads import classifier_names
 from vitedge.models.quantized import IntegerWeight
+
+TOKENS, NORMS, HEAD = "tokens and positions", "norms", "head"
 
 
 @dataclass(frozen=True)
@@ -71,10 +75,65 @@ def with_inner(own: dict[str, ModuleCost]) -> dict[str, ModuleCost]:
     for name, cost in own.items():
         parts = name.split(".") if name else []
         for depth in range(len(parts) + 1):
-            total = totals[".".join(parts[:depth])]
-            for position, figure in enumerate((cost.params, cost.macs, cost.bytes)):
-                total[position] += figure
+            _add(totals[".".join(parts[:depth])], cost)
     return {name: ModuleCost(*total) for name, total in totals.items() if any(total)}
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Cost of a model, of its parts, and of its modules.
+
+    Attributes:
+        total: Of all of it.
+        groups: By part, adding up to the total: patch embedding, attention and MLP of each block, norms, head, and what else there is.
+        modules: Of every module and all inside it, by name, as `count_modules` gives it.
+    """
+
+    total: ModuleCost
+    groups: dict[str, ModuleCost]
+    modules: dict[str, ModuleCost]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain data for programs."""
+        tables = {"groups": self.groups, "modules": self.modules}
+        return {"total": asdict(self.total), **{key: {name: asdict(cost) for name, cost in table.items()} for key, table in tables.items()}}
+
+
+def cost_table(model: nn.Module, shape_CHW: tuple[int, int, int]) -> CostTable:
+    """Count a model, as `count_modules` does, and sum it up by part."""
+    own, heads = count_own(model, shape_CHW), classifier_names(model)
+    sums: dict[str, list[int]] = {}
+    for name, cost in own.items():
+        _add(sums.setdefault(group_of(name, heads), [0, 0, 0]), cost)
+    last = {NORMS: 1, HEAD: 2}
+    groups = {name: ModuleCost(*sums[name]) for name in sorted(sums, key=lambda name: last.get(name, 0)) if any(sums[name])}
+    modules = with_inner(own)
+    return CostTable(modules[""], groups, modules)
+
+
+def group_of(module: str, heads: tuple[str, ...]) -> str:
+    """The part of a model that a module is counted to.
+
+    Args:
+        module: Its name.
+        heads: Names of the classifiers.
+    """
+    top = module.partition(".")[0]
+    if not module:
+        return TOKENS
+    if top in heads or top == "patch_embed":
+        return HEAD if top in heads else top
+    if in_block := re.match(r"(.*?\.\d+\.(?:attn|mlp))(?:\.|$)", module):
+        return in_block[1]
+    if re.search(r"(?:^|\.)(?:fc_)?norm(?:\d|_pre)?(?:\.|$)", module):
+        return NORMS
+    numbered = re.match(r"(.*?\.\d+)(?:\.|$)", module)
+    return numbered[1] if numbered else top
+
+
+def _add(total: list[int], cost: ModuleCost) -> None:
+    for position, figure in enumerate((cost.params, cost.macs, cost.bytes)):
+        total[position] += figure
 
 
 def _own_params(model: nn.Module) -> defaultdict[str, int]:
