@@ -1,7 +1,7 @@
-"""Pictures of an inspection, 1,000 px wide: ranges of LayerNorm inputs, attention against 4-bit grids, SQNR along the network.
+"""Pictures of an inspection, 1,000 px wide: LayerNorm inputs, attention on 4-bit grids, SQNR along the network, scores of pruned units.
 
-The first two are Figure 1 of seed 000 for this model. Told apart by marker, line style and hatching as well as by colour, in the
-palette of Okabe and Ito (2008), for readers without colour vision; drawn on a canvas of its own, without a display.
+The first two are Figure 1 of seed 000 for this model, the last is its Figure 3. Told apart by marker, line style and hatching as well
+as by colour, in the palette of Okabe and Ito (2008), for readers without colour vision; drawn on a canvas of its own, without a display.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitedge.artifact import writing
 from vitedge.errors import UnavailableError
 from vitedge.inspect.attention import BITS, EDGES_LOG2, LEVELS, LOWEST_EXPONENT, PER_OCTAVE, LostValues
+from vitedge.inspect.importance import Importance
 from vitedge.inspect.ranges import ChannelRanges
 from vitedge.inspect.run import Inspection
 from vitedge.inspect.sqnr import Comparison
@@ -30,7 +31,8 @@ _WIDTH, _DPI = 10.0, 100
 _WORST = 2  # layers whose channels are drawn
 _LABELS = 26  # names along an axis that can still be read
 _TITLE = 110  # characters in a line over a picture
-NAMES = ("ranges.png", "attention.png", "sqnr.png")
+_SCORES_LOG10 = (-300.0, 300.0)  # that float64 can draw
+NAMES = ("ranges.png", "attention.png", "sqnr.png", "importance.png")
 
 
 def check_matplotlib() -> None:
@@ -66,6 +68,9 @@ def write_pictures(found: Inspection, folder: Path) -> list[Path]:
     comparisons = [(file.artifact.name, file.comparison) for file in found.files if file.comparison and file.comparison.nodes]
     if comparisons:
         figures["sqnr.png"] = plot_sqnr(comparisons, f"products of quantized files against their float parent, {images}")
+    if found.importances:
+        build = found.subject.folder.resolve().name if found.subject.folder else name
+        figures["importance.png"] = plot_importances(found.importances, f"weights of {build} by importance score, kept and removed")
     for stale in set(NAMES) - set(figures):
         (folder / stale).unlink(missing_ok=True)
     for file_name, figure in figures.items():
@@ -195,6 +200,26 @@ def plot_sqnr(comparisons: Sequence[tuple[str, Comparison]], title: str) -> Figu
     axes[0].margins(x=0.05, y=0.12)
     axes[0].legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize="small", frameon=False, borderaxespad=0.2)
     _name_blocks(axes[0], layers)
+    return figure
+
+
+def plot_importances(importances: Sequence[Importance], title: str) -> Figure:
+    """Weights by the score of their unit, the removed ones on top of the kept: a panel for each kind of unit of each step."""
+    figure, axes = _panels([2.6] * len(importances), title)
+    for ax, found in zip(axes, importances, strict=True):
+        edges = 10.0 ** np.clip(found.edges_log10, *_SCORES_LOG10)
+        share = 100 * found.removed.sum() / max(1, found.params_N.sum())
+        bars: dict[str, Any] = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
+        ax.bar(edges[:-1], found.kept_N, color=_BLUE, label=f"kept: {found.kept_N.sum():,}", **bars)
+        label = f"removed: {found.removed.sum():,} ({share:.1f} %)"
+        ax.bar(edges[:-1], found.removed, bottom=found.kept_N, color=_VERMILLION, hatch="///", label=label, **bars)
+        ax.set_xscale("log")
+        if found.threshold is not None:
+            ax.axvline(found.threshold, color="black", linewidth=1.2, linestyle="--", label=f"threshold {found.threshold:.3g}")
+        ax.set_ylabel("weights")
+        ax.set_title(f"step {found.step}, {found.technique}: {found.unit}", fontsize="medium", loc="left", parse_math=False)
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize="small", frameon=False, borderaxespad=0.2)
+    axes[-1].set_xlabel("importance score")
     return figure
 
 

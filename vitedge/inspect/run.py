@@ -12,6 +12,7 @@ from vitedge.bench.rows import Candidate, find_candidates
 from vitedge.errors import InputError, UsageError
 from vitedge.inspect.attention import AttentionValues, LostValues
 from vitedge.inspect.images import Images
+from vitedge.inspect.importance import Importance, read_importances
 from vitedge.inspect.onnx_file import open_onnx
 from vitedge.inspect.openvino_file import open_ir
 from vitedge.inspect.placement import Placement, place
@@ -65,6 +66,7 @@ class Inspection:
         norms, attentions: Per layer, in the order they run; empty with the reason in `missing_*`.
         files: Per quantized file.
         threads: Intra-operator threads that engines had.
+        importances: Scores of what pruning kept and removed, from the build's manifest; empty with the reason in `missing_importances`.
     """
 
     subject: Subject
@@ -75,6 +77,8 @@ class Inspection:
     missing_attentions: str
     files: tuple[QuantizedFile, ...]
     threads: int
+    importances: tuple[Importance, ...] = ()
+    missing_importances: str = ""
 
     def to_plain(self) -> dict[str, Any]:
         """Plain data for programs."""
@@ -87,6 +91,10 @@ class Inspection:
             "threads": self.threads,
             "layernorm_inputs": {"reason": self.missing_norms or None, "layers": [norm.to_plain() for norm in self.norms]},
             "attention": {"reason": self.missing_attentions or None, "layers": [lost.to_plain() for lost in self.attentions]},
+            "importance": {
+                "reason": self.missing_importances or None,
+                "histograms": [importance.to_plain() for importance in self.importances],
+            },
             "quantized": [
                 {
                     "path": str(file.artifact.path),
@@ -208,12 +216,24 @@ def inspect_model(subject: Subject, images: Images, threads: int, bar: Bar) -> I
         UnavailableError: A package that a file needs is not installed.
         InputError: A file cannot run, or gives values that are not finite.
     """
+    importances, missing_importances = read_importances(subject.folder)
     source = _open(subject.looked_at, threads)
     norms, attentions = _statistics(source, images, bar(f"values of {subject.looked_at.name}"))
     files = []
     for artifact, reference in subject.quantized:
         files.append(_look_at(artifact, reference, images, threads, bar(artifact.name)))
-    return Inspection(subject, images, norms, source.missing_norms, attentions, source.missing_attentions, tuple(files), threads)
+    return Inspection(
+        subject,
+        images,
+        norms,
+        source.missing_norms,
+        attentions,
+        source.missing_attentions,
+        tuple(files),
+        threads,
+        importances,
+        missing_importances,
+    )
 
 
 def _open(artifact: Artifact, threads: int) -> Source:
