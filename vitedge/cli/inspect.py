@@ -1,4 +1,4 @@
-"""Look inside a model: LayerNorm ranges, attention values, SQNR per node, and where int8 really runs."""
+"""Look inside a model: ranges, attention, SQNR, where int8 really runs; or what a recipe makes of one, before training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitedge.cli._output import data_option, emit_json, json_option, progress_bars, say, seed_option
+from vitedge.cli._output import data_option, emit_json, json_option, progress_bars, say, seed_option, weights_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,34 +21,55 @@ _ROWS = 8  # of a table; the rest is in the JSON file
 
 
 @click.command()
-@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.argument("model", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--against", type=click.Path(path_type=Path), metavar="FP32.onnx", help="Float parent of quantized files.  [default: the manifest's]"
 )
 @data_option
-@click.option("--recipe", metavar="NAME|PATH", help="Take the preprocessing and the data set from it, for a file that carries none.")
-@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Train images to look with.")
+@click.option(
+    "--recipe",
+    metavar="NAME|PATH",
+    help="Alone: what its techniques make of its model. With MODEL: preprocessing and data set, for a file that carries none.",
+)
+@weights_option
+@click.option("--all", "all_modules", is_flag=True, help="A recipe's cost for every module, not summed up by part.")
+@click.option("--images", type=click.IntRange(1), default=64, show_default=True, help="Train images to look at MODEL with.")
 @seed_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: MODEL's name + .inspect, here]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder.  [default: MODEL's name + .inspect, here; for a recipe alone none]"
+)
 @click.option("--no-pictures", is_flag=True, help="Write no PNG files; matplotlib is then not needed.")
 @json_option
 def command(
-    model: Path,
+    model: Path | None,
     against: Path | None,
     data: str | None,
     recipe: str | None,
+    weights: str | None,
+    all_modules: bool,
     images: int,
     seed: int | None,
     output: Path | None,
     no_pictures: bool,
     as_json: bool,
-) -> None:
-    """Look inside MODEL: a build folder, a checkpoint, an ONNX file, or an OpenVINO .xml or its folder.
+) -> int:
+    """Look inside MODEL: a build folder, a checkpoint, an ONNX file, or an OpenVINO .xml or its folder; or at a recipe before training.
 
     Shown, and written into a folder as JSON and pictures: how far the channels of each LayerNorm's input reach, what 4 bits keep of
-    attention values on a uniform and on a log2 grid, SQNR of each product of a quantized file against its float parent, and which
-    products the runtime really runs in int8. Values are those of train images (--data or VITEDGE_DATA).
+    attention values on a uniform and on a log2 grid, SQNR of each product of a quantized file against its float parent, which
+    products the runtime really runs in int8, and of a build that was pruned the scores of what was kept and removed. Values are those of
+    train images (--data or VITEDGE_DATA).
+
+    Without MODEL, --recipe shows what each technique makes of the recipe's model: weights, multiply-accumulates (MACs) and bytes before and
+    after, and where it becomes larger or slower. Nothing is trained or downloaded; without data or weights both are random.
+
+    \b
+    vitedge inspect build/deit_tiny_112_int8
+    vitedge inspect --recipe deit_tiny_lsq_w4a8
     """
+    _check_question(model, recipe, against, weights, all_modules)
+    if model is None:
+        return _inspect_recipe(str(recipe), data, weights, seed, output, all_modules, as_json)
     from vitedge.artifact import write_json
     from vitedge.cli.bench import result_console
     from vitedge.host import probe_host
@@ -77,6 +98,62 @@ def command(
     for name, reason in found.subject.left_out:
         say(f"not looked at: {name}: {reason}")
     say(f"written to {folder}: {', '.join([JSON_NAME, *drawn])}")
+    return 0
+
+
+def _check_question(model: Path | None, recipe: str | None, against: Path | None, weights: str | None, all_modules: bool) -> None:
+    """Refuse options that say nothing about what is asked.
+
+    Raises:
+        UsageError: Neither a model nor a recipe, or an option of the one for the other.
+    """
+    from vitedge.errors import UsageError
+
+    if model is None and recipe is None:
+        raise UsageError("vitedge inspect", expected="MODEL, or --recipe NAME|PATH", found="neither", fix="name what to look at")
+    stray = {"--against": against} if model is None else {"--weights": weights, "--all": all_modules}
+    for option, value in stray.items():
+        if value:
+            expected, found = ("MODEL beside it", "a recipe alone") if model is None else ("--recipe without MODEL", str(model))
+            raise UsageError(option, expected=expected, found=found, fix="leave one of them out")
+
+
+def _inspect_recipe(
+    recipe: str, data: str | None, weights: str | None, seed: int | None, output: Path | None, all_modules: bool, as_json: bool
+) -> int:
+    """What a recipe costs before training; returns the exit code.
+
+    A technique that refuses ends with its error's code, after what was counted so far: under --json that is the whole of stdout.
+    """
+    from vitedge.artifact import write_json
+    from vitedge.cli._cost import print_cost
+    from vitedge.cli.bench import result_console
+    from vitedge.host import probe_host
+    from vitedge.pipeline import require_torch
+    from vitedge.recipe import load_recipe
+
+    story = load_recipe(recipe)
+    if seed is not None:
+        story = story.model_copy(update={"seed": seed})
+    if output is not None:
+        check_folder(output)
+    require_torch("vitedge inspect --recipe")
+    from vitedge.inspect.recipe_cost import estimate_cost
+
+    with progress_bars() as bar:
+        cost = estimate_cost(story, data, weights, Path("build"), probe_host().usable_cores, bar)
+    plain = cost.to_plain()
+    if output is not None:
+        write_json(output / JSON_NAME, plain)
+        say(f"written to {output}: {JSON_NAME}")
+    if as_json:
+        emit_json(plain)
+    else:
+        print_cost(result_console(), cost, all_modules)
+    if cost.error is not None:
+        say(f"error: {cost.error}")
+        return cost.error.exit_code
+    return 0
 
 
 def check_folder(folder: Path) -> None:
@@ -104,6 +181,7 @@ def print_tables(console: Console, found: Inspection) -> None:
     console.print(f"{name} with {len(images.x_BCHW)} train images of {images.label}, seed {images.seed}")
     _print_norms(console, found)
     _print_attention(console, found)
+    _print_importance(console, found)
     for file in found.files:
         _print_placement(console, file)
         _print_sqnr(console, file)
@@ -149,6 +227,19 @@ def _print_attention(console: Console, found: Inspection) -> None:
     console.print(table)
     _print_rest(console, len(rows))
     console.print("to 0: share of values the grid rounds to zero; weight lost: their share in the sum of all attention")
+
+
+def _print_importance(console: Console, found: Inspection) -> None:
+    if not found.importances:
+        console.print(f"importance scores: {found.missing_importances}")
+        return
+    table = _table(console, "weights that pruning scored", ("step", "units"), ("weights", "removed", "threshold"))
+    for importance in found.importances:
+        removed, total = int(importance.removed.sum()), int(importance.params_N.sum())
+        threshold = "" if importance.threshold is None else f"{importance.threshold:.3g}"
+        step, share = f"{importance.step} {importance.technique}", _percent(100 * removed / max(1, total))
+        table.add_row(step, importance.unit, f"{total:,}", f"{removed:,} ({share})", threshold)
+    console.print(table)
 
 
 def _percent(share: float) -> str:
