@@ -1,0 +1,74 @@
+"""What a cut did, as plain data: widths of each block, and how important the units were that stayed and went.
+
+Shapes: U units of all places of a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitedge.compress._prune_scores import Scores
+from vitedge.compress._prune_units import Place
+
+BINS = 40
+
+
+def widths_by_block(before: Mapping[Place, int], after: Mapping[Place, int]) -> dict[str, dict[str, list[int]]]:
+    """`[before, after]` by block and kind of unit; the residual stream is under `model`."""
+    made: dict[str, dict[str, list[int]]] = {}
+    for (block, kind), width in before.items():
+        made.setdefault(block or "model", {})[kind] = [width, after[block, kind]]
+    return made
+
+
+def histograms(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scores) -> dict[str, dict[str, Any]]:
+    """For each kind of unit, how many have which score, and how many weights they hold.
+
+    Args:
+        scores: By place.
+        kept: Positions along the last axis of what stays; a place that is not in it stays whole.
+        weights: How many weights each unit has, in the shape of its scores.
+
+    Returns:
+        By kind: `edges` of the bins, in log10 of the score; in each bin `counts` of units, `kept` of them, and `params`, the weights of
+        all of them; `zeros`, units whose score is 0, which are in no bin, and `zeros_kept` of them.
+    """
+    return {kind: _histogram(scores, kept, weights, kind) for kind in dict.fromkeys(kind for _, kind in scores)}
+
+
+def _histogram(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scores, kind: str) -> dict[str, Any]:
+    places = [place for place in scores if place[1] == kind]
+    score_U = _flat([scores[place] for place in places])
+    params_U = _flat([weights[place] for place in places])
+    stays_U = _flat([_mask(scores[place], kept.get(place)) for place in places]) > 0
+    found_U = score_U > 0
+    logs_U = np.log10(score_U[found_U])
+    low, high = (float(logs_U.min()), float(logs_U.max())) if len(logs_U) else (0.0, 0.0)
+    edges = np.linspace(low, high, BINS + 1) if high > low else np.linspace(low - 0.5, high + 0.5, BINS + 1)
+    counts, _ = np.histogram(logs_U, edges)
+    counts_kept, _ = np.histogram(logs_U[stays_U[found_U]], edges)
+    params, _ = np.histogram(logs_U, edges, weights=params_U[found_U])
+    return {
+        "edges": [round(float(edge), 6) for edge in edges],
+        "counts": counts.tolist(),
+        "kept": counts_kept.tolist(),
+        "params": [round(count) for count in params.tolist()],
+        "zeros": int((~found_U).sum()),
+        "zeros_kept": int((~found_U & stays_U).sum()),
+    }
+
+
+def _flat(tensors: list[torch.Tensor]) -> np.ndarray:
+    flat: np.ndarray = torch.cat([tensor.double().flatten() for tensor in tensors]).numpy()
+    return flat
+
+
+def _mask(score: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """1 for units that stay, 0 for those that go."""
+    if kept is None:
+        return torch.ones_like(score)
+    return torch.zeros_like(score).scatter_(-1, kept, 1.0)

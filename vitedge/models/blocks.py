@@ -1,0 +1,60 @@
+"""The transformer blocks of a model and their layers, by the names that the architecture gives them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vitedge.errors import UsageError
+from vitedge.models.quantized import is_quantized
+
+PARTS = ("norm1", "attn", "norm2", "mlp")
+
+
+def block_names(model: nn.Module, technique: str) -> list[str]:
+    """Names of the transformer blocks of a float model, in its order.
+
+    Args:
+        model: Any.
+        technique: Whom an error speaks of.
+
+    Raises:
+        UsageError: The model is quantized, or has no such blocks.
+    """
+    if is_quantized(model):
+        raise UsageError(
+            technique, expected="a float model", found="a quantized one", fix=f"put `{technique}` before the step that quantizes"
+        )
+    names = [name for name, module in model.named_modules() if all(hasattr(module, part) for part in PARTS)]
+    if not names:
+        raise UsageError(
+            technique,
+            expected=f"transformer blocks, of {', '.join(PARTS)}",
+            found=f"none in {type(model).__name__}",
+            fix="remove the step, or choose a ViT or DeiT as model.arch",
+        )
+    return names
+
+
+def plain_linear(model: nn.Module, name: str, technique: str) -> nn.Linear:
+    """The layer of that name, which does nothing but a product with its weight.
+
+    Args:
+        model: Any.
+        name: Of the layer.
+        technique: Whom an error speaks of.
+
+    Raises:
+        UsageError: There is none, or one that does more or less, as layers that were factored or that round.
+    """
+    try:
+        layer: nn.Module | None = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if type(layer) is not nn.Linear:
+        raise UsageError(
+            f"{technique}: {name}",
+            expected="a plain linear layer in float",
+            found="nothing" if layer is None else type(layer).__name__,
+            fix=f"put `{technique}` before the step that changed it",
+        )
+    return layer
