@@ -49,6 +49,7 @@ def tie_(model: nn.Module, attention: bool, mlp: bool, attention_bias: bool) -> 
     made = {}
     for name in names:
         old: Any = model.get_submodule(name)
+        tied: TiedAttention | TiedMlp
         if name.endswith("attn"):
             tied = TiedAttention(old if isinstance(old, OpenAttention) else OpenAttention(old), attention_bias)
         else:
