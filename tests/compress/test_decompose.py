@@ -244,20 +244,29 @@ def test_two_steps_for_layers_of_two_kinds_come_back_from_a_checkpoint(tmp_path:
         assert torch.equal(loaded(images(6)), model.eval()(images(6)))
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_the_file_has_two_thin_products_and_answers_as_the_model(runtime: str) -> None:
-    plain, model = made.student(token=False).eval(), made.student(token=False)
+@pytest.fixture(scope="module")
+def exported() -> tuple[nn.Module, dict[str, Any], Any]:
+    """A decomposed model in eval mode, its notes and its file."""
+    model = made.student(token=False)
     compressed = apply(model, ratio=0.5)
-    x_BCHW = images()
+    return model.eval(), compressed.notes, to_onnx(model, 8, 18)
+
+
+def test_the_file_has_two_thin_products_in_the_place_of_one(exported: tuple[nn.Module, dict[str, Any], Any]) -> None:
+    _, notes, proto = exported
+    plain = to_onnx(made.student(token=False).eval(), 8, 18)
+    products = [sum(node.op_type in ("MatMul", "Gemm") for node in file.graph.node) for file in (proto, plain)]
+    assert products[0] - products[1] == len(notes["layers"]) == 8
+    values = [sum(int(np.prod(tensor.dims)) for tensor in file.graph.initializer) for file in (proto, plain)]
+    assert values[1] - values[0] == pytest.approx(notes["params"]["before"] - notes["params"]["after"], rel=0.01)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_file_answers_as_the_model(runtime: str, exported: tuple[nn.Module, dict[str, Any], Any]) -> None:
+    model, _, proto = exported
+    x_BCHW, content = images(), proto.SerializeToString()
     with torch.no_grad():
-        expected_BC = model.eval()(x_BCHW).numpy()
-    proto, other = to_onnx(model, 8, 18), to_onnx(plain, 8, 18)
-    products = [sum(node.op_type in ("MatMul", "Gemm") for node in file.graph.node) for file in (proto, other)]
-    assert products[0] - products[1] == len(compressed.notes["layers"]) == 8
-    values = [sum(int(np.prod(tensor.dims)) for tensor in file.graph.initializer) for file in (proto, other)]
-    params = compressed.notes["params"]
-    assert values[1] - values[0] == pytest.approx(params["before"] - params["after"], rel=0.01)
-    content = proto.SerializeToString()
+        expected_BC = model(x_BCHW).numpy()
     if runtime == "onnxruntime":
         import onnxruntime
 
