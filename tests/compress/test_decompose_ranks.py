@@ -69,6 +69,8 @@ def test_a_number_an_energy_and_what_would_be_larger() -> None:
     squares = {"a": [8.0, 1.0, 1.0], "b": [1.0] * 16, "c": [5.0, 4.0, 1.0]}
     assert choose(SHAPES, squares, energy=0.79) == {"a": 1, "b": None, "c": 2}
     assert choose(SHAPES, squares, energy=0.85) == {"a": 2, "b": None, "c": 2}
+    # Of a layer with one output no factors are smaller, whatever the ratio.
+    assert choose({"one": (1, 30), "b": (16, 16)}, ratio=0.7) == {"one": None, "b": 5}
 
 
 @pytest.mark.parametrize(

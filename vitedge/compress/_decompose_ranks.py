@@ -81,14 +81,14 @@ def _asked(config: Config, name: str, shape: Shape, squares_K: torch.Tensor | No
         return config.rank
     if config.ratio is not None:
         rank = int(config.ratio * math.prod(shape) / sum(shape))
-        if rank < 1:
+        if rank < 1 and largest_rank(shape):
             raise UsageError(
                 f"decompose: {name}",
                 expected=f"a ratio that leaves its {shape[0]} x {shape[1]} weights a rank",
                 found=f"{config.ratio:g}, which is less than rank 1",
                 fix=f"raise decompose.ratio to {sum(shape) / math.prod(shape):.3g} or more, or leave the layer out of decompose.layers",
             )
-        return rank
+        return max(rank, 1)  # of a layer that no factors are smaller than, and so stays whole
     assert squares_K is not None and config.energy is not None  # one of the three is always given
     return energy_rank(squares_K, config.energy)
 
