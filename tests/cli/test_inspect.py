@@ -17,6 +17,7 @@ from tests import tiny
 from tests.bench.made import make_images
 from tests.inspect import made
 from tests.runtimes import files
+from vitedge.artifact import Artifact, Manifest, hash_files
 from vitedge.cli.inspect import collapse
 from vitedge.cli.main import run
 from vitedge.inspect.placement import Placed
@@ -152,3 +153,118 @@ def test_blocks_that_are_alike_are_one_row() -> None:
 
     rows = collapse((product("blocks.0.mlp.fc1"), product("blocks.1.mlp.fc1"), product("blocks.2.mlp.fc1", "float"), product("head")))
     assert [(name, len(alike)) for name, alike in rows] == [("blocks.*.mlp.fc1", 2), ("blocks.2.mlp.fc1", 1), ("head", 1)]
+
+
+def write_recipe(steps: list[Any], **changes: Any) -> str:
+    """`mine.yaml` here: a two-block ViT of 16 dimensions, for which there are neither data nor weights."""
+    model = {"arch": "deit_tiny_patch16_224", "img_size": 8, "patch_size": 4, "weights": "none"}
+    model["options"] = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    Path("mine.yaml").write_text(yaml.safe_dump({"model": model, "steps": steps, **changes}))
+    return "./mine.yaml"
+
+
+TRAIN = {"train": {"steps": 2}}
+
+
+def test_a_recipe_before_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "--recipe", write_recipe(["smooth", {"lsq": {"weight_bits": 4}}, TRAIN])]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "mine: deit_tiny_patch16_224 at 8 px",
+        "images: random, seed 0; no data set 'cifar10' is at hand",
+        "the model as it starts",
+        "blocks.*.attn, 2 times",
+        "whole model",
+        "steps.0 smooth: done smooth changes neither weights nor multiply-accumulates nor bytes",
+        "steps.1 lsq, before and after",
+        "lsq: weights x1, multiply-accumulates x1, bytes x0.",
+        "steps.2 train: not trained",
+    ):
+        assert words in out, (words, out)
+    assert [path.name for path in here.iterdir() if path.name != "cache"] == ["mine.yaml"]
+    assert run(["inspect", "--recipe", "./mine.yaml", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "blocks.0.attn.qkv" in out and "blocks.1.mlp.fc2" in out and ", 2 times" not in out
+
+
+def test_a_recipe_as_json_alone_on_stdout(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write_recipe([{"diffq": {"min_elements": 1}}, TRAIN])
+    assert run(["inspect", "--recipe", name, "--seed", "5", "--json", "-o", "kept"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["schema_version"] == 1 and result["recipe"] == "mine" and result["error"] is None
+    assert any("random, seed 5" in sentence for sentence in result["about"])
+    (diffq, train) = result["steps"]
+    assert diffq["after"]["total"]["bytes"] < result["start"]["total"]["bytes"] and train["outcome"] == "not trained"
+    assert diffq["after"]["modules"]["blocks.0.mlp.fc1"]["params"] == 16 * 64 + 64
+    assert "written to kept" in captured.err and json.loads(Path("kept/inspect.json").read_text()) == result
+    assert [path.name for path in Path("kept").iterdir()] == ["inspect.json"]
+
+
+def test_a_shipped_recipe_with_the_embedded_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", "--recipe", "deit_tiny_int8", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (
+    assert result["about"][0] == "weights: deit_tiny_patch4_32_cifar10.safetensors"
+    assert "classes: 10, as the weights have" in result["about"]
+    )
+    total = result["start"]["total"]
+    assert 5e6 < total["params"] < 6e6 and total["bytes"] == 4 * total["params"] and total["macs"] > 64 * 5e6 and result["steps"] == []
+
+
+def test_a_technique_that_refuses_is_the_exit_code(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write_recipe(["lsq", "lsq", "smooth", TRAIN])
+    assert run(["inspect", "--recipe", name, "--json"]) == 2
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert [step["outcome"] for step in result["steps"]] == ["done", "refused"]
+    assert result["error"]["exit_code"] == 2 and "expected a model in float" in result["error"]["message"]
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert lines == [f"error: {result['error']['message']}"]
+
+
+def test_questions_that_make_no_sense_are_one_line(build: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write_recipe([])
+    Path("wrong.yaml").write_text(yaml.safe_dump({"steps": [{"smooth": {"alfa": 0.5}}]}))
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("of mine")
+    cases = [
+        ([], "MODEL, or --recipe"),
+        (["--recipe", "deit_tinny_int8"], "deit_tiny_int8"),
+        (["--recipe", "./wrong.yaml"], "alpha"),
+        (["--recipe", name, "--against", "fp32.onnx"], "--against"),
+        (["--recipe", name, "-o", "mine"], "other files"),
+        (["--recipe", name, "--weights", "absent.safetensors"], "absent.safetensors"),
+        (["--recipe", name, "--data", "./absent"], "absent"),
+        ([str(build), "--all"], "--all"),
+        ([str(build), "--weights", "none"], "--weights"),
+    ]
+    for args, word in cases:
+        assert run(["inspect", *args]) == 2, args
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert captured.out == "" and len(lines) == 1 and word in lines[0], (args, lines)
+
+
+def test_scores_of_a_pruned_build_are_drawn(build: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = made.make_build(here / "pruned", build.parent / "insects")
+    path = root / "checkpoint.safetensors"
+    path.write_bytes(b"weights")
+    histogram = {"mlp": {"edges": [-3.0, -2.0, -1.0], "counts": [1200, 1800], "kept": [0, 1800]}}
+    notes = {"steps": [{"train": {}}, {"prune": {"threshold": 0.01, "histogram": histogram}}]}
+    manifest = Manifest.load(root)
+    manifest.artifacts[path.name] = Artifact(path.name, "checkpoint", "fp32", (path,), hash_files([path]), 7, notes=notes)
+    manifest.save()
+    assert run(["inspect", "pruned", "--images", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "weights that pruning scored" in out and "1 prune" in out and "1,200 (40.0 %)" in out
+    with Image.open("pruned.inspect/importance.png") as image:
+        image.load()
+        assert image.size[0] == 1000
+    result = json.loads(Path("pruned.inspect/inspect.json").read_text())
+    assert "importance.png" in result["pictures"] and result["importance"]["reason"] is None
+    assert [(one["unit"], one["removed"]) for one in result["importance"]["histograms"]] == [("mlp", 1200)]
+    # A file outside of a build has no scores, and the picture of the build must not be taken for its own.
+    (here / "alone.onnx").write_bytes((build / "model.fp32.onnx").read_bytes())
+    assert run(["inspect", "alone.onnx", "--data", str(build.parent / "insects"), "--images", "2", "-o", "pruned.inspect"]) == 0
+    assert "not in a build folder" in capsys.readouterr().out and not Path("pruned.inspect/importance.png").exists()
