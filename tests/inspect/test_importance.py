@@ -20,7 +20,7 @@ NOTES: dict[str, Any] = {
     "ratio": 0.3,
     "threshold": 0.02,
     "histogram": {
-        "mlp": {"edges": [-4.0, -3.0, -2.0, -1.0], "counts": [100, 50, 850], "kept": [0, 20, 850]},
+        "mlp": {"edges": [-4.0, -3.0, -2.0, -1.0], "counts": [100, 50, 850], "kept": [0, 20, 850], "zeros": 40, "zeros_kept": 0},
         "heads": {"edges": [-1.0, 0.0], "counts": [640], "kept": [640]},
     },
 }
@@ -37,7 +37,7 @@ def build(folder: Path, steps: list[dict[str, Any]]) -> Path:
 
 
 def test_every_scoring_step_of_a_build_is_read(tmp_path: Path) -> None:
-    later = {**NOTES, "threshold": {"mlp": 0.5, "heads": None}}
+    later = {**NOTES, "threshold": None}
     steps = [{"train": {"steps": 3}}, {"prune": NOTES}, {"train": {"steps": 3}}, {"prune": later}]
     found, reason = read_importances(build(tmp_path / "made", steps))
     assert reason == ""
@@ -45,11 +45,11 @@ def test_every_scoring_step_of_a_build_is_read(tmp_path: Path) -> None:
         (1, "prune", "heads", 0.02),
         (1, "prune", "mlp", 0.02),
         (3, "prune", "heads", None),
-        (3, "prune", "mlp", 0.5),
+        (3, "prune", "mlp", None),
     ]
-    assert found[0].removed.tolist() == [0] and found[1].removed.tolist() == [100, 30, 0]
+    assert (found[0].params, found[0].kept, found[0].removed_percent) == (640, 640, 0.0)
     plain = json.loads(json.dumps(found[1].to_plain()))
-    assert (plain["params"], plain["removed"], plain["unit"]) == (1000, 130, "mlp")
+    assert (plain["params"], plain["removed"], plain["unit"], plain["score_0"]) == (1040, 170, "mlp", {"params": 40, "kept": 0})
     assert plain["bins"][1] == {"log10_from": -3.0, "log10_to": -2.0, "params": 50, "kept": 20}
     assert len(plain["bins"]) == 3
 
@@ -79,6 +79,7 @@ def test_outside_of_a_build_or_without_a_checkpoint_the_reason_is_said(tmp_path:
         ("kept", [0, -1, 850]),
         ("kept", "many"),
         ("edges", None),
+        ("zeros_kept", 41),
     ],
 )
 def test_a_damaged_histogram_is_one_line(tmp_path: Path, key: str, value: Any) -> None:
@@ -114,8 +115,9 @@ def test_a_panel_for_each_kind_with_what_was_kept_below_what_was_removed(tmp_pat
         assert image.size[0] == 1000 and len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
-def test_scores_too_small_for_a_float_are_drawn_at_its_end(tmp_path: Path) -> None:
-    one = Importance(0, "prune", "mlp", np.array([-400.0, -200.0, 0.0]), np.array([5, 5]), np.array([0, 5]), None)
+def test_scores_too_small_for_a_float_are_drawn_at_its_end_and_zeros_are_told(tmp_path: Path) -> None:
+    one = Importance(0, "prune", "mlp", np.array([-400.0, -200.0, 0.0]), np.array([5, 5]), np.array([0, 5]), None, zeros=30)
     figure = plot_importances([one], "build")
     assert all(bar.get_x() > 0 and bar.get_width() > 0 for bar in figure.axes[0].patches)
+    assert figure.axes[0].get_title(loc="left").endswith("of score 0, not drawn: 30")
     figure.savefig(tmp_path / "a.png", format="png")

@@ -184,3 +184,25 @@ def test_products_outside_of_a_call_are_the_callers_and_vectors_count() -> None:
     # Two channels of 4 values: each through a 4x4 matrix, then with a vector of 4.
     expected = {"": ModuleCost(20, 2 * 16 + 2 * 4, 80), "part": ModuleCost(16, 0, 64)}
     assert count_modules(Aside(), (2, 2, 2)) == expected
+
+
+class Asking(nn.Module):
+    """Asks attention what it went by, as blocks do that reduce tokens."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        attended: Any = self.attn
+        return attended.attend(x_BCHW.squeeze(1)).out_BND
+
+
+def test_attention_that_is_asked_costs_what_it_does_when_called() -> None:
+    model = made.student()
+    open_attention(model)
+    attention = model.blocks[0].attn
+    expected = 4 * DIM * 4 * DIM + 2 * 4 * 4 * DIM
+    found = count_modules(Asking(attention), (1, 4, DIM))
+    assert found["attn"].macs == found[""].macs == expected
+    assert "attend" not in vars(attention)

@@ -235,10 +235,9 @@ def _print_importance(console: Console, found: Inspection) -> None:
         return
     table = _table(console, "weights that pruning scored", ("step", "units"), ("weights", "removed", "threshold"))
     for importance in found.importances:
-        removed, total = int(importance.removed.sum()), int(importance.params_N.sum())
         threshold = "" if importance.threshold is None else f"{importance.threshold:.3g}"
-        step, share = f"{importance.step} {importance.technique}", _percent(100 * removed / max(1, total))
-        table.add_row(step, importance.unit, f"{total:,}", f"{removed:,} ({share})", threshold)
+        removed = f"{importance.params - importance.kept:,} ({_percent(importance.removed_percent)})"
+        table.add_row(f"{importance.step} {importance.technique}", importance.unit, f"{importance.params:,}", removed, threshold)
     console.print(table)
 
 

@@ -28,9 +28,10 @@ class Importance:
         technique: Its name.
         unit: What was scored: `mlp`, `heads` ...
         edges_log10: Of the bins, log10 of the score, float64 (N + 1,), rising.
-        params_N: Weights in each bin before, int64.
+        params_N: Weights in each bin before the cut, int64.
         kept_N: Those of them that were kept.
-        threshold: The score below which units were removed; None where there is not one for all layers.
+        threshold: The score up to which units were removed; None where there is not one for all layers.
+        zeros, zeros_kept: Weights of units with a score of 0, which are in no bin, and those of them that were kept.
     """
 
     step: int
@@ -40,24 +41,37 @@ class Importance:
     params_N: np.ndarray
     kept_N: np.ndarray
     threshold: float | None
+    zeros: int = 0
+    zeros_kept: int = 0
 
     @property
-    def removed(self) -> np.ndarray:
-        """Weights in each bin that were removed, int64 (N,)."""
-        return self.params_N - self.kept_N
+    def params(self) -> int:
+        """Weights of all units before the cut."""
+        return int(self.params_N.sum()) + self.zeros
+
+    @property
+    def kept(self) -> int:
+        """Those of them that were kept."""
+        return int(self.kept_N.sum()) + self.zeros_kept
+
+    @property
+    def removed_percent(self) -> float:
+        """Share of the weights that was removed."""
+        return 100 * (1 - self.kept / self.params) if self.params else 0.0
 
     def to_plain(self) -> dict[str, Any]:
         """Plain data for programs."""
         edges = [float(edge) for edge in self.edges_log10]
-        rows = zip(edges, edges[1:], self.params_N.tolist(), self.kept_N.tolist(), strict=False)
+        bins = zip(edges[:-1], edges[1:], self.params_N.tolist(), self.kept_N.tolist(), strict=True)
         return {
             "step": self.step,
             "technique": self.technique,
             "unit": self.unit,
             "threshold": self.threshold,
-            "params": int(self.params_N.sum()),
-            "removed": int(self.removed.sum()),
-            "bins": [{"log10_from": low, "log10_to": high, "params": params, "kept": kept} for low, high, params, kept in rows],
+            "params": self.params,
+            "removed": self.params - self.kept,
+            "score_0": {"params": self.zeros, "kept": self.zeros_kept},
+            "bins": [{"log10_from": low, "log10_to": high, "params": params, "kept": kept} for low, high, params, kept in bins],
         }
 
 
@@ -96,10 +110,12 @@ def _read(step: int, technique: str, unit: str, plain: dict[str, Any], threshold
     """
     edges = np.asarray(plain["edges"], np.float64)
     params_N, kept_N = (np.asarray(plain[key], np.int64) for key in ("counts", "kept"))
+    zeros, zeros_kept = int(plain.get("zeros", 0)), int(plain.get("zeros_kept", 0))
     if not (edges.ndim == params_N.ndim == 1 and len(edges) == len(params_N) + 1 == len(kept_N) + 1 > 1):
-        raise ValueError(f"{unit}: {len(edges)} edges, {len(params_N)} counts and {len(kept_N)} kept")
-    if not (np.isfinite(edges).all() and (np.diff(edges) > 0).all() and (kept_N >= 0).all() and (kept_N <= params_N).all()):
-        raise ValueError(f"{unit}: edges that do not rise, or more kept than there were")
-    one = threshold.get(unit) if isinstance(threshold, dict) else threshold
-    is_score = isinstance(one, (int, float)) and math.isfinite(one) and one > 0
-    return Importance(step, technique, unit, edges, params_N, kept_N, float(one) if is_score else None)
+        raise ValueError(f"{unit}: {edges.shape} edges, {params_N.shape} counts and {kept_N.shape} kept")
+    if not (np.isfinite(edges).all() and (np.diff(edges) > 0).all()):
+        raise ValueError(f"{unit}: edges that do not rise")
+    if not ((kept_N >= 0).all() and (kept_N <= params_N).all() and 0 <= zeros_kept <= zeros):
+        raise ValueError(f"{unit}: more kept than there were")
+    is_score = isinstance(threshold, (int, float)) and math.isfinite(threshold) and threshold > 0
+    return Importance(step, technique, unit, edges, params_N, kept_N, float(threshold) if is_score else None, zeros, zeros_kept)

@@ -208,16 +208,16 @@ def plot_importances(importances: Sequence[Importance], title: str) -> Figure:
     figure, axes = _panels([2.6] * len(importances), title)
     for ax, found in zip(axes, importances, strict=True):
         edges = 10.0 ** np.clip(found.edges_log10, *_SCORES_LOG10)
-        share = 100 * found.removed.sum() / max(1, found.params_N.sum())
         bars: dict[str, Any] = {"width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
-        ax.bar(edges[:-1], found.kept_N, color=_BLUE, label=f"kept: {found.kept_N.sum():,}", **bars)
-        label = f"removed: {found.removed.sum():,} ({share:.1f} %)"
-        ax.bar(edges[:-1], found.removed, bottom=found.kept_N, color=_VERMILLION, hatch="///", label=label, **bars)
+        ax.bar(edges[:-1], found.kept_N, color=_BLUE, label=f"kept: {found.kept:,}", **bars)
+        label = f"removed: {found.params - found.kept:,} ({found.removed_percent:.1f} %)"
+        ax.bar(edges[:-1], found.params_N - found.kept_N, bottom=found.kept_N, color=_VERMILLION, hatch="///", label=label, **bars)
         ax.set_xscale("log")
         if found.threshold is not None:
             ax.axvline(found.threshold, color="black", linewidth=1.2, linestyle="--", label=f"threshold {found.threshold:.3g}")
         ax.set_ylabel("weights")
-        ax.set_title(f"step {found.step}, {found.technique}: {found.unit}", fontsize="medium", loc="left", parse_math=False)
+        beside = f"; of score 0, not drawn: {found.zeros:,}" if found.zeros else ""
+        ax.set_title(f"step {found.step}, {found.technique}: {found.unit}{beside}", fontsize="medium", loc="left", parse_math=False)
         ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize="small", frameon=False, borderaxespad=0.2)
     axes[-1].set_xlabel("importance score")
     return figure

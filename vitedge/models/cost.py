@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitedge.models.attention import OpenAttention
 from vitedge.models.heads import classifier_names
 from vitedge.models.quantized import IntegerWeight
 
@@ -174,6 +175,9 @@ def _own_macs(model: nn.Module, shape_CHW: tuple[int, int, int]) -> defaultdict[
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(running.enter, name=name)).remove)
             stack.callback(module.register_forward_hook(running.leave).remove)
+            if isinstance(module, OpenAttention):  # a block that asks what attention went by calls this, and not the module
+                stack.callback(delattr, module, "attend")
+                module.attend = partial(running.through, name, module.attend)
         with counter:
             model(x_BCHW)
     return running.macs
@@ -197,15 +201,22 @@ class _Running:
         self.names: list[str] = []
         self.credited = 0
 
-    def enter(self, module: nn.Module, inputs: Any, name: str) -> None:
+    def enter(self, module: Any, inputs: Any, name: str) -> None:
         """Before a module's forward."""
         self.credit()
         self.names.append(name)
 
-    def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def leave(self, module: Any, inputs: Any, outputs: Any) -> None:
         """After it."""
         self.credit()
         self.names.pop()
+
+    def through(self, name: str, method: Any, *args: Any, **settings: Any) -> Any:
+        """Call a module's method as if the module were called."""
+        self.enter(None, None, name)
+        result = method(*args, **settings)
+        self.leave(None, None, None)
+        return result
 
     def credit(self) -> None:
         """Credit what was counted since the last time."""
