@@ -176,8 +176,9 @@ def _own_macs(model: nn.Module, shape_CHW: tuple[int, int, int]) -> defaultdict[
             stack.callback(module.register_forward_pre_hook(partial(running.enter, name=name)).remove)
             stack.callback(module.register_forward_hook(running.leave).remove)
             if isinstance(module, OpenAttention):  # a block that asks what attention went by calls this, and not the module
-                stack.callback(delattr, module, "attend")
-                module.attend = partial(running.through, name, module.attend)
+                asked: Any = module
+                stack.callback(delattr, asked, "attend")
+                asked.attend = partial(running.through, name, asked.attend)
         with counter:
             model(x_BCHW)
     return running.macs
