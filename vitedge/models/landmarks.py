@@ -2,7 +2,8 @@
 
 Xiong et al. 2021, "Nystroemformer" (arXiv:2102.03902), section 3.2, has segments of one length, for it pads its texts. A ViT has a number
 of tokens that little divides (197 is prime), so segments are of two lengths, one token apart, the longer ones first, as
-`numpy.array_split` cuts them. The tokens before those of the patches may stand apart, each a landmark of its own.
+`numpy.array_split` cuts them. The tokens before those of the patches may stand apart, each a landmark of its own. Segments are of
+neighbours only while tokens are in their order: `train.patch_drop` shuffles those that it keeps.
 Shapes: B batch, N tokens, H heads, K width of a head, M landmarks.
 """
 
