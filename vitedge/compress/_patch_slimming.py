@@ -158,7 +158,7 @@ def change_of_block(block: Any, tokens_BND: torch.Tensor, out_BND: torch.Tensor,
 
 
 def local_positions(kept: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The tokens that each block but the first keeps, as positions among those that the block before it keeps; the first ones as they are."""
+    """What each block keeps, as positions among what the block before it keeps; the first block's as they are."""
     return [
         [*now] if before is None else [before.index(position) for position in now]
         for before, now in zip([None, *kept[:-1]], kept, strict=True)

@@ -10,6 +10,7 @@ of the first set that are not, H heads, K width of a head's keys.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -140,4 +141,4 @@ def schedule(total: int, blocks: int, kind: str) -> list[int]:
         # 2 (1 - i / (blocks - 1)) / blocks of the total in block i, summed up to it.
         ends = [total * (index + 1) * (2 * (blocks - 1) - index) / (blocks * (blocks - 1)) for index in range(blocks)]
     rounded = [0, *(int(end + 0.5) for end in ends)]
-    return [end - start for start, end in zip(rounded[:-1], rounded[1:], strict=True)]
+    return [end - start for start, end in itertools.pairwise(rounded)]
