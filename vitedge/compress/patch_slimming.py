@@ -91,7 +91,7 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     seconds = time.monotonic() - began
     counts = [len(kept) for kept in chosen.kept]
     keep_positions_(model, counts, local_positions(chosen.kept))
-    notes = {"images": len(x_BCHW), "seconds": round(seconds, 2), "keep": keep, "tolerance": config.tolerance}
+    notes: dict[str, Any] = {"images": len(x_BCHW), "seconds": round(seconds, 2), "keep": keep, "tolerance": config.tolerance}
     notes |= {"kept": counts, "errors": [round(error, 4) for error in chosen.errors], **reduction_notes(model, macs, shape_CHW)}
     return Compressed(model, notes, structure=lambda saved: {"kept": counts})
 

@@ -61,7 +61,7 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     blocks = chosen_blocks(TECHNIQUE, config.blocks, quarters(depth), depth)
     check_keep(config.keep, config.fuse, len(blocks), vit.patch_embed.num_patches)
     macs = count(model, shape_CHW).macs
-    plain = {"blocks": blocks, "keep": config.keep, "fuse": config.fuse}
+    plain: dict[str, Any] = {"blocks": blocks, "keep": config.keep, "fuse": config.fuse}
     prune_tokens_(model, **plain)
     return Compressed(model, {**plain, **reduction_notes(model, macs, shape_CHW)}, structure=lambda saved: plain)
 
