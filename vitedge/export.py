@@ -29,6 +29,7 @@ from vitedge.graph._run import run_passes
 from vitedge.host import tool_versions
 from vitedge.model_file import write_contract
 from vitedge.models.build import load_checkpoint
+from vitedge.models.reducing_block import reduces_tokens
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import ExportConfig
 from vitedge.runtimes import Session, Target
@@ -36,13 +37,14 @@ from vitedge.runtimes import onnxruntime as engine
 
 INPUT, OUTPUT = "pixels", "logits"
 # The exporter writes GELU so that ONNX Runtime does not recognise it; the second pass puts its factors in order.
-PASSES = ("strip_metadata", "reorder_gelu")
-QUANTIZED_PASSES = ("strip_metadata", "reorder_gelu", "broadcast_bias", "narrow_weights")
+PASSES = ("strip_metadata", "reorder_gelu", "share_transposed")
+QUANTIZED_PASSES = ("strip_metadata", "reorder_gelu", "broadcast_bias", "narrow_weights", "share_transposed")
 QUANTIZED_OPSET = 21  # the first with 4-bit integers and with scales per block
-# In a quantized model the last bit of a float can become a whole step, so its files are held to their answers.
-QUANTIZED_IMAGES = 512
-QUANTIZED_AGREEMENT = 99.0  # percent
-QUANTIZED_TOLERANCE = 0.1  # of the largest output, for a graph pass
+# In a model that rounds, or that chooses tokens, the last bit of a float can become a whole step or another token, so its files are
+# held to their answers.
+DISCRETE_IMAGES = 512
+DISCRETE_AGREEMENT = 99.0  # percent
+DISCRETE_TOLERANCE = 0.1  # of the largest output, for a graph pass
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,13 @@ class ExportJob:
 
     @property
     def quantized(self) -> bool:
-        """Whether the model rounds, so that its files are held to their answers and not to every logit."""
+        """Whether the model rounds, and its files hold integers."""
         return self.scheme != "fp32"
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the model rounds or chooses tokens, so that its files are held to their answers and not to every logit."""
+        return self.quantized or reduces_tokens(self.model)
 
 
 def export_checkpoint(
@@ -86,7 +93,7 @@ def export_checkpoint(
 
     Args:
         checkpoint: Of the recipe.
-        config: Opset, tolerance, and how many images the files are checked on; a quantized model's on `QUANTIZED_IMAGES` at least.
+        config: Opset, tolerance, and how many images the files are checked on; a discrete model's on `DISCRETE_IMAGES` at least.
         images: Gives so many preprocessed images.
         real_images: Whether those are real images.
         folder: Where the files go.
@@ -94,7 +101,8 @@ def export_checkpoint(
     model, _ = load_checkpoint(checkpoint.path)
     contract = checkpoint.contract()
     assert contract is not None  # every checkpoint of vitedge has one
-    count = config.parity_images if checkpoint.scheme == "fp32" else max(config.parity_images, QUANTIZED_IMAGES)
+    discrete = checkpoint.scheme != "fp32" or reduces_tokens(model)
+    count = max(config.parity_images, DISCRETE_IMAGES) if discrete else config.parity_images
     return export(
         ExportJob(
             model,
@@ -117,12 +125,12 @@ def export(job: ExportJob) -> tuple[Artifact, Artifact]:
     Raises:
         VitedgeError: The exporter cannot express the model.
         GateError: The file's logits differ from PyTorch's by more than `max_abs_err`, or another class wins on an image;
-            for a quantized model, on more than one image in a hundred.
+            for a model that rounds or chooses tokens, on more than one image in a hundred.
     """
     with torch.inference_mode():
         reference_BC = torch.cat([job.model(x) for x in torch.from_numpy(job.x_BCHW).split(32)]).numpy()
     names, opset = (QUANTIZED_PASSES, max(job.config.opset, QUANTIZED_OPSET)) if job.quantized else (PASSES, job.config.opset)
-    tolerance = QUANTIZED_TOLERANCE if job.quantized else None
+    tolerance = DISCRETE_TOLERANCE if job.discrete else None
     proto = to_onnx(job.model, job.contract.size, opset)
     results = run_passes(proto, names, {INPUT: job.x_BCHW[:4]}, tolerance)
     write_contract(proto, job.contract, job.labels)
@@ -208,15 +216,15 @@ def check(artifact: Artifact, runtime: str, session: Session, job: ExportJob, re
     logits_BC = np.concatenate([session(job.x_BCHW[i : i + batch_size]) for i in range(0, len(job.x_BCHW), batch_size)])
     result = parity(reference_BC, logits_BC)
     where, found = f"{artifact.path} in {runtime}", f"top1_agreement {result.top1_agreement:.2f} %"
-    if job.quantized and result.top1_agreement < QUANTIZED_AGREEMENT:
+    if job.discrete and result.top1_agreement < DISCRETE_AGREEMENT:
         raise GateError(
             where,
-            expected=f"PyTorch's class on {QUANTIZED_AGREEMENT} % of {len(job.x_BCHW)} images",
+            expected=f"PyTorch's class on {DISCRETE_AGREEMENT} % of {len(job.x_BCHW)} images",
             found=found,
             fix="try another opset, or leave the layers that differ in float",
         )
     limit = job.config.max_abs_err
-    if not job.quantized and (not result.max_abs_err <= limit or result.top1_agreement < 100.0):
+    if not job.discrete and (not result.max_abs_err <= limit or result.top1_agreement < 100.0):
         raise GateError(
             where,
             expected=f"logits within {limit} of PyTorch's and the same class on every image",
@@ -232,7 +240,7 @@ def check(artifact: Artifact, runtime: str, session: Session, job: ExportJob, re
 
 
 def _save(job: ExportJob, proto: onnx.ModelProto, name: str, reference_BC: np.ndarray, notes: dict[str, Any]) -> Artifact:
-    """Write one file under its final name only once it is proven: in ONNX Runtime, and a quantized one in OpenVINO too if that is there."""
+    """Write one file under its final name only once it is proven: in ONNX Runtime, and a discrete one in OpenVINO too if that is there."""
     path = job.folder / name
     with writing(path) as temporary:
         onnx.save(proto, temporary)
@@ -256,7 +264,7 @@ def _save(job: ExportJob, proto: onnx.ModelProto, name: str, reference_BC: np.nd
         if job.quantized:
             found["node_counts"] = dict(session.facts.node_counts)
         openvino = plugins.load("runtimes", "openvino")
-        if job.quantized and openvino.available().version:
+        if job.discrete and openvino.available().version:
             session = openvino.load(artifact, Target("CPU", threads=1, batch_size=fixed))
             found["parity_openvino"] = check(artifact, "openvino", session, job, reference_BC)
     return replace(artifact, files=(path,), notes={**artifact.notes, **found})

@@ -24,7 +24,13 @@ from vitedge.schema import Section
 
 TECHNIQUES = plugins.names("compress")
 # What a technique cannot do without; one that has defaults for everything needs no entry.
-NEEDED: dict[str, dict[str, Any]] = {"distill": {"teacher": "teacher"}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "decompose": {"ratio": 0.7},
+    "distill": {"teacher": "teacher"},
+    "linformer": {"length": 4},
+    "nystrom": {"landmarks": 4},
+    "soft": {"landmarks": 4},
+}
 TOKENS = (True, False)
 # Those whose result is not the architecture's own modules.
 REBUILT = tuple(name for name in TECHNIQUES if hasattr(plugins.load("compress", name), "rebuild"))

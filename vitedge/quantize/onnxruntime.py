@@ -37,7 +37,7 @@ EXTRA = None
 NEEDS_CALIBRATION = TAKES_RANGES = ("int8_static",)
 
 OpType = Literal["MatMul", "Gemm", "Conv"]
-_PASSES = ("strip_metadata", "reorder_gelu", "patch_embed_matmul")
+_PASSES = ("strip_metadata", "fold_weights", "reorder_gelu", "patch_embed_matmul")
 _STATIC_PASSES = ("broadcast_bias",)
 # The key by which the library is told that a model has been prepared; without it, it logs advice.
 _PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
