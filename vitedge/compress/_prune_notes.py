@@ -1,4 +1,4 @@
-"""What a cut did, as plain data: widths of each block, and how important the units were that stayed and went.
+"""What a cut did, as plain data: widths of each block, and how important the weights were that stayed and went.
 
 Shapes: U units of all places of a kind.
 """
@@ -15,6 +15,7 @@ from vitedge.compress._prune_scores import Scores
 from vitedge.compress._prune_units import Place
 
 BINS = 40
+NARROWEST = 1e-6  # in log10 of a score: what lies closer together is one score
 
 
 def widths_by_block(before: Mapping[Place, int], after: Mapping[Place, int]) -> dict[str, dict[str, list[int]]]:
@@ -26,7 +27,7 @@ def widths_by_block(before: Mapping[Place, int], after: Mapping[Place, int]) -> 
 
 
 def histograms(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scores) -> dict[str, dict[str, Any]]:
-    """For each kind of unit, how many have which score, and how many weights they hold.
+    """For each kind of unit, how many weights belong to units of which score.
 
     Args:
         scores: By place.
@@ -34,31 +35,29 @@ def histograms(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scor
         weights: How many weights each unit has, in the shape of its scores.
 
     Returns:
-        By kind: `edges` of the bins, in log10 of the score; in each bin `counts` of units, `kept` of them, and `params`, the weights of
-        all of them; `zeros`, units whose score is 0, which are in no bin, and `zeros_kept` of them.
+        By kind: `edges` of the bins, in log10 of the score; in each bin `counts` of weights before the cut, and `kept` of them;
+        `zeros`, weights of units whose score is 0, which are in no bin, and `zeros_kept` of them.
     """
     return {kind: _histogram(scores, kept, weights, kind) for kind in dict.fromkeys(kind for _, kind in scores)}
 
 
 def _histogram(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scores, kind: str) -> dict[str, Any]:
     places = [place for place in scores if place[1] == kind]
-    score_U = _flat([scores[place] for place in places])
-    params_U = _flat([weights[place] for place in places])
-    stays_U = _flat([_mask(scores[place], kept.get(place)) for place in places]) > 0
+    score_U, weights_U = _flat([scores[place] for place in places]), _flat([weights[place] for place in places])
+    kept_U = weights_U * _flat([_mask(scores[place], kept.get(place)) for place in places])
     found_U = score_U > 0
     logs_U = np.log10(score_U[found_U])
     low, high = (float(logs_U.min()), float(logs_U.max())) if len(logs_U) else (0.0, 0.0)
-    edges = np.linspace(low, high, BINS + 1) if high > low else np.linspace(low - 0.5, high + 0.5, BINS + 1)
-    counts, _ = np.histogram(logs_U, edges)
-    counts_kept, _ = np.histogram(logs_U[stays_U[found_U]], edges)
-    params, _ = np.histogram(logs_U, edges, weights=params_U[found_U])
+    if high - low < NARROWEST:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, BINS + 1)
+    counts, kept_counts = (np.histogram(logs_U, edges, weights=each_U[found_U])[0] for each_U in (weights_U, kept_U))
     return {
-        "edges": [round(float(edge), 6) for edge in edges],
-        "counts": counts.tolist(),
-        "kept": counts_kept.tolist(),
-        "params": [round(count) for count in params.tolist()],
-        "zeros": int((~found_U).sum()),
-        "zeros_kept": int((~found_U & stays_U).sum()),
+        "edges": edges.tolist(),
+        "counts": [round(count) for count in counts.tolist()],
+        "kept": [round(count) for count in kept_counts.tolist()],
+        "zeros": round(float(weights_U[~found_U].sum())),
+        "zeros_kept": round(float(kept_U[~found_U].sum())),
     }
 
 

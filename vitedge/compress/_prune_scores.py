@@ -82,7 +82,8 @@ def divergence(model: nn.Module, places: Sequence[Place], x_BCHW: torch.Tensor, 
     Raises:
         InputError: An answer is not finite.
     """
-    magnitudes, found = magnitude(model, places), {}
+    magnitudes = magnitude(model, places)
+    found: Scores = {}
     with _evaluating(model), torch.no_grad():
         full_BC = _log_probabilities(model, x_BCHW)
         for place in places:

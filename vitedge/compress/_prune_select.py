@@ -54,7 +54,7 @@ class Selection:
     Attributes:
         widths: Units of each place; of kinds of `PER_HEAD` in each head.
         cost: Of these widths.
-        threshold: The highest score that was to go, before rounding, where scores of all places are compared; else None.
+        threshold: The highest score that was to go, before rounding, where scores of all places are compared as they are; else None.
     """
 
     widths: Widths
@@ -154,7 +154,9 @@ class _Ladder:
         if rule.normalize:
             flat = [values / values.mean() if values.mean() > 0 else values for values in flat]
         self.scores_T = np.concatenate(flat)
-        self.order_T = np.argsort(self.scores_T, kind="stable")
+        # Of equal scores those of all places go in turn, not one place after the other.
+        turns_T = np.concatenate([np.arange(size) / size for size in self.sizes_P])
+        self.order_T = np.lexsort((turns_T, self.scores_T))
         self.owners_T = np.repeat(np.arange(len(flat)), self.sizes_P)[self.order_T]
 
     @property
@@ -164,7 +166,8 @@ class _Ladder:
 
     def threshold(self, removed: int) -> float | None:
         """The highest score of those to go."""
-        return float(self.scores_T[self.order_T[removed - 1]]) if self.compares and removed else None
+        as_they_are = self.compares and not self.rule.normalize
+        return float(self.scores_T[self.order_T[removed - 1]]) if as_they_are and removed else None
 
     def counts(self, removed: int) -> np.ndarray:
         """Units that each place is to keep, before rounding, float64 (P,)."""
