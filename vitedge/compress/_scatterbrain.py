@@ -74,7 +74,8 @@ class WindowScatterbrain(nn.Module):  # type: ignore[misc]  # the library carrie
         k_BHGWR = _in_blocks((log_k_BHPR - largest_BH1R).exp(), count, size)
         v_BHGWV = _in_blocks(v_BHPV, count, size)
         far_BHGRV = _of_other_blocks(k_BHGWR.transpose(-2, -1) @ v_BHGWV)
-        far_sums_BHGR1 = _of_other_blocks(k_BHGWR.sum(-2).unsqueeze(-1))
+        # Where a block has nearly all of a sum, rounding may leave the others less than nothing, and it divides.
+        far_sums_BHGR1 = _of_other_blocks(k_BHGWR.sum(-2).unsqueeze(-1)).relu()
 
         log_q_BHPR = log_features(q_BHPK, self.directions_KR) + largest_BH1R - math.log(self.features)
         log_q_BHGWR = _in_blocks(log_q_BHPR, count, size)

@@ -17,7 +17,7 @@ def scaled_transpose(a_MM: torch.Tensor) -> torch.Tensor:
     size_MM = a_MM.abs()
     columns = size_MM.sum(-2, keepdim=True).amax(-1, keepdim=True)
     rows = size_MM.sum(-1, keepdim=True).amax(-2, keepdim=True)
-    return a_MM.transpose(-2, -1) / (columns * rows)
+    return a_MM.transpose(-2, -1) / columns / rows  # one by one: the product of two small sums may be 0 in float32
 
 
 def third_order_inverse(a_MM: torch.Tensor, iterations: int) -> torch.Tensor:
