@@ -29,7 +29,7 @@ from vitedge.graph._run import run_passes
 from vitedge.host import tool_versions
 from vitedge.model_file import write_contract
 from vitedge.models.build import load_checkpoint
-from vitedge.models.reducing_block import reduces_tokens
+from vitedge.models.reducing_block import chooses_tokens
 from vitedge.preprocess import Preprocessing
 from vitedge.recipe import ExportConfig
 from vitedge.runtimes import Session, Target
@@ -40,8 +40,8 @@ INPUT, OUTPUT = "pixels", "logits"
 PASSES = ("strip_metadata", "reorder_gelu", "share_transposed")
 QUANTIZED_PASSES = ("strip_metadata", "reorder_gelu", "broadcast_bias", "narrow_weights", "share_transposed")
 QUANTIZED_OPSET = 21  # the first with 4-bit integers and with scales per block
-# In a model that rounds, or that chooses tokens, the last bit of a float can become a whole step or another token, so its files are
-# held to their answers.
+# In a model that rounds, or that chooses tokens image by image, the last bit of a float can become a whole step or another token,
+# so its files are held to their answers.
 DISCRETE_IMAGES = 512
 DISCRETE_AGREEMENT = 99.0  # percent
 DISCRETE_TOLERANCE = 0.1  # of the largest output, for a graph pass
@@ -83,7 +83,7 @@ class ExportJob:
     @property
     def discrete(self) -> bool:
         """Whether the model rounds or chooses tokens, so that its files are held to their answers and not to every logit."""
-        return self.quantized or reduces_tokens(self.model)
+        return self.quantized or chooses_tokens(self.model)
 
 
 def export_checkpoint(
@@ -101,7 +101,7 @@ def export_checkpoint(
     model, _ = load_checkpoint(checkpoint.path)
     contract = checkpoint.contract()
     assert contract is not None  # every checkpoint of vitedge has one
-    discrete = checkpoint.scheme != "fp32" or reduces_tokens(model)
+    discrete = checkpoint.scheme != "fp32" or chooses_tokens(model)
     count = max(config.parity_images, DISCRETE_IMAGES) if discrete else config.parity_images
     return export(
         ExportJob(
@@ -221,7 +221,7 @@ def check(artifact: Artifact, runtime: str, session: Session, job: ExportJob, re
             where,
             expected=f"PyTorch's class on {DISCRETE_AGREEMENT} % of {len(job.x_BCHW)} images",
             found=found,
-            fix="try another opset, or leave the layers that differ in float",
+            fix=f"try another opset, or {'leave the layers that differ in float' if job.quantized else 'reduce fewer tokens'}",
         )
     limit = job.config.max_abs_err
     if not job.discrete and (not result.max_abs_err <= limit or result.top1_agreement < 100.0):

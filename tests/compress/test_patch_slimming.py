@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.compress import made
-from tests.compress.test_tome import (
+from tests.compress.reducing import (
     assert_comes_back,
     assert_file_answers_as,
     assert_gradients_reach_all,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.compress.test_tome import (
+from tests.compress.reducing import (
     DEPTH,
     assert_comes_back,
     assert_file_answers_as,
@@ -23,9 +23,9 @@ from tests.compress.test_tome import (
     images,
     vit,
 )
-from tests.compress.test_tome import apply as apply_tome
 from vitedge.compress import Compressed, token_pruning
 from vitedge.compress._token_pruning import AttentionPruning, kept_tokens
+from vitedge.compress._tome import merge_tokens_
 from vitedge.errors import FileProblems, UsageError
 from vitedge.models.attention import Attended, open_attention
 from vitedge.models.reducing_block import quarters
@@ -126,17 +126,17 @@ def test_it_goes_with_patch_drop_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "config", "message"),
+    ("merging", "config", "message"),
     [
-        ({}, {"keep": 0.99}, "token_pruning.keep: expected a share of 16 patch tokens that leaves one out, found 0.99"),
-        ({}, {"blocks": [DEPTH]}, "token_pruning.blocks: expected blocks of the model, 0 to 2, found 3"),
-        ({"r": 3}, {}, "token_pruning: expected a model whose tokens no other step reduces"),
+        (False, {"keep": 0.99}, "token_pruning.keep: expected a share of 16 patch tokens that leaves one out, found 0.99"),
+        (False, {"blocks": [DEPTH]}, "token_pruning.blocks: expected blocks of the model, 0 to 2, found 3"),
+        (True, {}, "token_pruning: expected a model whose tokens no other step reduces"),
     ],
 )
-def test_what_it_refuses_in_one_line(before: dict[str, Any], config: dict[str, Any], message: str) -> None:
+def test_what_it_refuses_in_one_line(merging: bool, config: dict[str, Any], message: str) -> None:
     model = vit()
-    if before:
-        apply_tome(model, **before)
+    if merging:
+        merge_tokens_(model, [3, 3, 3], True)
     with pytest.raises(UsageError) as caught:
         apply(model, **config)
     assert message in str(caught.value) and "\n" not in str(caught.value)

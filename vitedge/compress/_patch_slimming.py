@@ -45,9 +45,11 @@ class PositionSelection(nn.Module):  # type: ignore[misc]  # the library carries
 
     Attributes:
         positions: int64 (kept,), among the tokens that come in; the first ones until they are set or loaded.
+        chooses: False: positions are the same for all images (`vitedge.models.reducing_block.chooses_tokens`).
     """
 
     positions: torch.Tensor
+    chooses = False
 
     def __init__(self, given: int, kept: int) -> None:
         super().__init__()

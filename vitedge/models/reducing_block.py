@@ -124,6 +124,13 @@ def reduces_tokens(model: nn.Module) -> bool:
     return isinstance(getattr(model, "blocks", None), ReducingBlocks)
 
 
+def chooses_tokens(model: nn.Module) -> bool:
+    """Whether the image decides which tokens go on, and so may the last bit of a float: any reduction but that to fixed positions."""
+    vit: Any = model
+    parts = [part for block in vit.blocks for part in (block.before, block.between)] if reduces_tokens(model) else []
+    return any(getattr(part, "chooses", True) for part in parts if part is not None)
+
+
 def chosen_blocks(technique: str, asked: Sequence[int] | None, default: Sequence[int], depth: int) -> list[int]:
     """The blocks asked for, in order, or the default.
 
