@@ -184,7 +184,8 @@ class _Ladder:
 
     def widths(self, removed: int) -> Widths:
         """What is left of each place, rounded."""
-        rule, widths = self.rule, {}
+        rule = self.rule
+        widths: Widths = {}
         exact = dict(zip(self.places, self.counts(removed), strict=True))
         full = {place: int(size) // self.parts[place] for place, size in zip(self.places, self.sizes_P, strict=True)}
         # Heads first: a step of the dimensions of a head depends on how many heads are left.
