@@ -82,6 +82,7 @@ def quantize(job: Job) -> Artifact:
 def _quantize(nncf: Any, model: Any, images: np.ndarray, job: Job) -> tuple[Any, list[str]]:
     config: Int8Static = job.config
     excluded = matching([op.get_friendly_name() for op in model.get_ordered_ops()], config.exclude)
+    excluded += [name for name in _choosing(model) if name not in excluded]
     alpha = -1.0 if config.smooth_quant_alpha is None else config.smooth_quant_alpha
     advanced = nncf.AdvancedQuantizationParameters(
         # On processors whose 8-bit products saturate, weights keep to 7 bits.
@@ -103,6 +104,19 @@ def _quantize(nncf: Any, model: Any, images: np.ndarray, job: Job) -> tuple[Any,
         advanced_parameters=advanced,
     )
     return quantized, excluded
+
+
+def _choosing(model: Any) -> list[str]:
+    """Products that choose tokens, or move the chosen: one int8 scale for a residual stream beside token sizes would ruin both."""
+    names = []
+    for op in model.get_ordered_ops():
+        if op.get_type_name() == "MatMul":
+            factors = [op.input_value(position).get_node() for position in (0, 1)]
+            origins = {(f.input_value(0).get_node() if f.get_type_name() == "Convert" else f).get_type_name() for f in factors}
+            readers = {port.get_node().get_type_name() for port in op.output(0).get_target_inputs()}
+            if "Equal" in origins or readers & {"TopK", "ReduceMax"}:
+                names.append(str(op.get_friendly_name()))
+    return names
 
 
 class _Watched:
