@@ -83,9 +83,9 @@ def context(builds: Path, **changes: Any) -> Context:
     return replace(made, **changes)
 
 
-def sample(count: int) -> tuple[np.ndarray, np.ndarray]:
+def sample(count: int, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Model inputs and classes of the first images, unchanged."""
-    taken = batch(range(min(count, IMAGES)))
+    taken = batch(range(min(count, IMAGES)), size=size)
     return taken.x_BCHW.numpy(), taken.target.numpy()
 
 

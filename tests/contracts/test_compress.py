@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from vitedge import plugins
 from vitedge.compress import Compressed
 from vitedge.export import to_onnx
 from vitedge.models.build import CheckpointMeta, load_checkpoint, save_checkpoint
+from vitedge.models.heads import classifier_names
 from vitedge.recipe import recipe_from_plain, recipe_schema
 from vitedge.schema import Section
 
@@ -31,9 +34,30 @@ NEEDED: dict[str, dict[str, Any]] = {
     "nystrom": {"landmarks": 4},
     "soft": {"landmarks": 4},
 }
-TOKENS = (True, False)
+
+
+def meta_of(arch: str, size: int, patch_size: int | None, stem: str, options: dict[str, Any]) -> CheckpointMeta:
+    """What a checkpoint says of a model that techniques are tried on."""
+    contract = replace(made.CONTRACT, size=size).to_json()
+    return CheckpointMeta(arch, size, patch_size, len(made.LABELS), contract, made.LABELS, stem, options)
+
+
+# With and without a distillation token.
+VITS = tuple(meta_of(arch, 8, 4, "own", made.VIT) for arch in ("deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224"))
+# What a technique is tried on that is for other models than ViTs.
+STUDENTS: dict[str, tuple[CheckpointMeta, ...]] = {
+    "shared_resnet": (meta_of("resnet50", 16, None, "small", {"layers": [2, 3, 3, 3], "channels": [16, 32, 32, 40]}),),
+}
+
+
+def cases(names: list[str]) -> list[Any]:
+    """Each technique with each model that it is tried on."""
+    return [pytest.param(name, student, id=f"{name}-{student.arch}") for name in names for student in STUDENTS.get(name, VITS)]
+
+
 # Those whose result is not the architecture's own modules.
-REBUILT = tuple(name for name in TECHNIQUES if hasattr(plugins.load("compress", name), "rebuild"))
+REBUILT = [name for name in TECHNIQUES if hasattr(plugins.load("compress", name), "rebuild")]
+on_every_student = pytest.mark.parametrize(("name", "student"), cases(TECHNIQUES))
 
 
 @pytest.fixture
@@ -43,9 +67,20 @@ def builds(tmp_path: Path) -> Path:
     return tmp_path / "builds"
 
 
-def apply(name: str, builds: Path, model: nn.Module) -> Compressed:
+def model_of(student: CheckpointMeta, seed: int = 0) -> nn.Module:
+    """In training mode, with classifiers that tell images apart."""
+    torch.manual_seed(seed)
+    model = student.create()
+    for classifier in classifier_names(model):
+        for tensor in model.get_submodule(classifier).parameters():
+            nn.init.normal_(tensor, std=0.3)
+    return model
+
+
+def apply(name: str, builds: Path, student: CheckpointMeta, model: nn.Module) -> Compressed:
     module = plugins.load("compress", name)
-    compressed: Compressed = module.apply(model, module.Config(**NEEDED.get(name, {})), made.context(builds))
+    context = made.context(builds, untouched=partial(model_of, student), sample=partial(made.sample, size=student.img_size))
+    compressed: Compressed = module.apply(model, module.Config(**NEEDED.get(name, {})), context)
     return compressed
 
 
@@ -86,11 +121,10 @@ def test_its_files_are_there(name: str, builds: Path) -> None:
     assert all(path.is_file() for path in module.files(module.Config(**NEEDED.get(name, {})), builds))
 
 
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_the_forward_shape_is_kept(name: str, token: bool, builds: Path) -> None:
-    compressed = apply(name, builds, made.student(token))
-    x_BCHW = made.batch().x_BCHW
+@on_every_student
+def test_the_forward_shape_is_kept(name: str, student: CheckpointMeta, builds: Path) -> None:
+    compressed = apply(name, builds, student, model_of(student))
+    x_BCHW = made.batch(size=student.img_size).x_BCHW
     assert compressed.model.eval()(x_BCHW).shape == (6, 4)
     converted = compressed.convert(compressed.model) if compressed.convert else compressed.model
     assert converted.eval()(x_BCHW).shape == (6, 4)
@@ -98,28 +132,26 @@ def test_the_forward_shape_is_kept(name: str, token: bool, builds: Path) -> None
     json.dumps(compressed.notes)
 
 
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_the_same_seed_gives_the_same_result(name: str, token: bool, builds: Path) -> None:
+@on_every_student
+def test_the_same_seed_gives_the_same_result(name: str, student: CheckpointMeta, builds: Path) -> None:
     results = []
     for _ in range(2):
-        compressed = apply(name, builds, made.student(token, seed=3).train())
-        outputs = compressed.model(made.batch().x_BCHW)
-        losses = [loss(outputs, made.batch()).detach() for loss in compressed.losses]
+        compressed, batch = apply(name, builds, student, model_of(student, seed=3).train()), made.batch(size=student.img_size)
+        outputs = compressed.model(batch.x_BCHW)
+        losses = [loss(outputs, batch).detach() for loss in compressed.losses]
         results.append([*compressed.model.state_dict().values(), *losses, torch.rand(1)])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_losses_are_per_image_and_reach_only_the_student(name: str, token: bool, builds: Path) -> None:
-    compressed = apply(name, builds, made.student(token).train())
+@on_every_student
+def test_losses_are_per_image_and_reach_only_the_student(name: str, student: CheckpointMeta, builds: Path) -> None:
+    compressed, batch = apply(name, builds, student, model_of(student).train()), made.batch(size=student.img_size)
     if compressed.on_step is not None:
         compressed.on_step(0, 1)
-    outputs = compressed.model(made.batch().x_BCHW)
+    outputs = compressed.model(batch.x_BCHW)
     for loss in compressed.losses:
         assert 0 <= loss.label_share <= 1
-        values_B = loss(outputs, made.batch())
+        values_B = loss(outputs, batch)
         assert values_B.shape == (6,) and values_B.dtype == torch.float32 and values_B.isfinite().all()
         values_B.sum().backward(retain_graph=True)
     if compressed.losses:
@@ -129,25 +161,21 @@ def test_losses_are_per_image_and_reach_only_the_student(name: str, token: bool,
     assert all(p.grad is None and not p.requires_grad for p in others)
 
 
-def finished(name: str, builds: Path, token: bool) -> tuple[nn.Module, dict[str, Any]]:
+def finished(name: str, builds: Path, student: CheckpointMeta) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny model as it is saved without having been trained, and its structure."""
-    compressed = apply(name, builds, made.student(token))
+    compressed = apply(name, builds, student, model_of(student))
     model = compressed.convert(compressed.model) if compressed.convert else compressed.model
     assert compressed.structure is not None
     return model.eval(), compressed.structure(model)
 
 
-@pytest.mark.parametrize("token", TOKENS)
-@pytest.mark.parametrize("name", REBUILT)
-def test_a_rebuilt_model_comes_back_from_its_checkpoint(name: str, token: bool, builds: Path, tmp_path: Path) -> None:
-    model, structure = finished(name, builds, token)
-    arch = "deit_tiny_distilled_patch16_224" if token else "deit_tiny_patch16_224"
-    contract = made.CONTRACT.to_json()
-    meta = CheckpointMeta(arch, 8, 4, len(made.LABELS), contract, made.LABELS, options=made.VIT, structure=((name, structure),))
-    save_checkpoint(tmp_path / "saved.safetensors", model, meta)
+@pytest.mark.parametrize(("name", "student"), cases(REBUILT))
+def test_a_rebuilt_model_comes_back_from_its_checkpoint(name: str, student: CheckpointMeta, builds: Path, tmp_path: Path) -> None:
+    model, structure = finished(name, builds, student)
+    save_checkpoint(tmp_path / "saved.safetensors", model, replace(student, structure=((name, structure),)))
     again, header = load_checkpoint(tmp_path / "saved.safetensors")
     assert header.structure == ((name, structure),)
-    x_BCHW = made.batch(range(8), view=1).x_BCHW
+    x_BCHW = made.batch(range(8), view=1, size=student.img_size).x_BCHW
     with torch.no_grad():
         assert torch.equal(again(x_BCHW), model(x_BCHW))
     module = plugins.load("compress", name)
@@ -160,11 +188,12 @@ def test_a_rebuilt_model_comes_back_from_its_checkpoint(name: str, token: bool, 
 def test_a_rebuilt_models_file_answers_as_it_does_in_onnx_runtime(name: str, builds: Path) -> None:
     import onnxruntime
 
-    model, _ = finished(name, builds, token=False)
-    x_BCHW = made.batch(range(48), view=1).x_BCHW
+    student = STUDENTS.get(name, VITS)[-1]
+    model, _ = finished(name, builds, student)
+    x_BCHW = made.batch(range(48), view=1, size=student.img_size).x_BCHW
     with torch.no_grad():
         expected_BC = model(x_BCHW).numpy()
-    content = to_onnx(model, 8, 21).SerializeToString()
+    content = to_onnx(model, student.img_size, 21).SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     found_BC = session.run(None, {"pixels": x_BCHW.numpy()})[0]
     assert (found_BC.argmax(-1) == expected_BC.argmax(-1)).mean() >= 0.99
