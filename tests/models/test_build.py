@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -30,6 +31,14 @@ def donor(tmp_path: Path) -> Path:
 
 def test_attention_is_written_out() -> None:
     assert not any(getattr(module, "fused_attn", False) for module in create(ARCH, 8, 4, 3).modules())
+
+
+@pytest.mark.parametrize(("arch", "kept"), [("deit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2)])
+def test_patch_drop_spares_class_and_distillation_token(arch: str, kept: int) -> None:
+    model: Any = create(arch, 16, 4, 3, patch_drop=0.75, options={"depth": 1})
+    tokens_BND = torch.randn(8, 16 + kept, 192)
+    dropped_BND = model.patch_drop.train()(tokens_BND)
+    assert dropped_BND.shape[1] == 4 + kept and torch.equal(dropped_BND[:, :kept], tokens_BND[:, :kept])
 
 
 def test_unknown_names_get_the_closest() -> None:

@@ -122,6 +122,17 @@ def test_a_technique_that_nothing_follows_is_refused(builds: Path, colours: Path
     assert "steps.1: expected a `train` step after `distill`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("after", [[], [{"fq_vit": {"images": 100}}]], ids=["train", "fq_vit"])
+def test_the_last_weights_are_kept_where_training_comes_last(builds: Path, colours: Path, after: list[dict[str, Any]]) -> None:
+    out = builds / f"last{len(after)}"
+    recipe = recipe_named(builds, out.name, colours, STUDENT, [{"train": {**TRAIN, "steps": 2}}, *after])
+    assert run(["train", "--recipe", str(recipe), "-o", str(out)]) == 0
+    assert [technique for technique, _ in load_checkpoint(out / "checkpoint.safetensors")[1].structure] == [
+        name for step in after for name in step
+    ]
+    assert (out / "checkpoint.last.safetensors").is_file() == (not after)
+
+
 def test_integers_are_not_trained_on(builds: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_named(builds, "integers", colours, STUDENT, [{"fq_vit": {"images": 100}}, {"train": {**TRAIN, "steps": 2}}])
     assert run(["train", "--recipe", str(recipe), "-o", str(builds / "integers")]) == 2

@@ -73,6 +73,7 @@ def create(
         UsageError: timm does not know the name, or the model cannot be built with these sizes, stem or options.
     """
     import timm
+    from timm.layers import PatchDropout
     from timm.models.vision_transformer import VisionTransformer
 
     where = f"model '{arch}'"
@@ -99,6 +100,8 @@ def create(
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
+            if isinstance(module, PatchDropout):  # timm drops a DeiT's distillation token as if it were a patch
+                module.num_prefix_tokens = model.num_prefix_tokens
     if stem != "own":
         _small_stem(model, where, pooled=stem == "small_pooled")
     return model

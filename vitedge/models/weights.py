@@ -11,7 +11,7 @@ from vitedge.errors import InputError, UsageError
 from vitedge.locations import weights_folder
 
 ZOO = Path(__file__).parent / "zoo"
-BUILTIN = ZOO / "deit_tiny_patch4_32_cifar10.safetensors"
+BUILTIN = ZOO / "deit_tiny_distilled_patch4_32_cifar10.safetensors"
 # Activation ranges of its calibration; both are written by `python -m vitedge.models.embed`.
 BUILTIN_RANGES = BUILTIN.with_suffix(".ranges.json")
 

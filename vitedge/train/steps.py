@@ -187,7 +187,7 @@ class _Steps:
         )
         self.model.cpu()
         if self.processes.is_main:
-            if index == trainings[-1]:
+            if index == len(job.recipe.steps) - 1:  # a technique after it would act on other weights, or on another structure
                 write_tensors(job.work / LAST, trained.last)
             write_tensors(done, self.model.state_dict())
             write_json(done.with_suffix(".json"), {"key": key, "notes": trained.notes})
