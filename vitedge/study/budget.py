@@ -1,0 +1,114 @@
+"""A smaller version of the work: the same rows with fewer steps and images, and a label that says so on every figure."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from vitedge.errors import UsageError
+from vitedge.recipe import Recipe, TrainConfig
+from vitedge.stage import estimate_seconds
+
+MIN_CALIBRATION = 32  # images; with fewer, a range is that of single images
+MIN_SAMPLES = 500  # test images; 95 % of top-1 is then within about 2.5 points
+TEST_IMAGES = 10_000  # of both CIFARs
+_MINUTES = re.compile(r"^(\d+(?:\.\d+)?) *(m|min|h)$")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the work is done.
+
+    Attributes:
+        share: Of the training steps, calibration images, guard minutes and test images; above 0, at most 1.
+        minutes: In the place of a share: about how long the work may take; `within` makes a share of it.
+    """
+
+    share: float = 1.0
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or (self.minutes is not None and not 0 < self.minutes < math.inf):
+            raise _wrong(f"{self.share:g}" if self.minutes is None else f"{self.minutes:g}m")
+
+    @classmethod
+    def parse(cls, text: str | None) -> Budget:
+        """`0.1`, `90m`, `90min` or `1.5h`; all of the work where nothing is given.
+
+        Raises:
+            UsageError: None of these, or a share that is not above 0 and at most 1.
+        """
+        if text is None:
+            return cls()
+        if found := _MINUTES.match(text.strip()):
+            return cls(minutes=float(found.group(1)) * (60 if found.group(2) == "h" else 1))
+        try:
+            share = float(text)
+        except ValueError as error:
+            raise _wrong(text) from error
+        return cls(share)
+
+    @property
+    def label(self) -> str:
+        """What every figure made so is marked with; empty where all of the work is done."""
+        if self.minutes is not None:
+            return f"cut to {self.minutes:g} minutes"
+        return "" if self.share == 1 else f"{100 * self.share:.3g} % of the steps"
+
+    @property
+    def samples(self) -> int | None:
+        """Test images that top-1 is measured on, at random; None for all."""
+        if self.minutes is not None:
+            return 2 * MIN_SAMPLES
+        return None if self.share == 1 else max(MIN_SAMPLES, round(self.share * TEST_IMAGES))
+
+    def within(self, seconds: float) -> Budget:
+        """The share that fits, where all of the work takes about so long; a budget that is a share already stays.
+
+        Args:
+            seconds: Estimate for the whole, s.
+        """
+        if self.minutes is None:
+            return self
+        return Budget(min(1.0, max(0.001, round(60 * self.minutes / max(seconds, 1e-9), 4))))
+
+    def apply(self, recipe: Recipe) -> tuple[Recipe, str]:
+        """The recipe with less to do, and the label of what it makes.
+
+        A budget in minutes that was not spread over a study yet is spread over this recipe alone.
+        """
+        if self.minutes is not None:
+            return self.within(build_seconds(recipe)).apply(recipe)
+        if self.share == 1:
+            return recipe, ""
+        steps = tuple((name, self._shorter(config)) for name, config in recipe.steps)
+        calibration, guard = recipe.quantize.calibration, recipe.quantize.guard
+        images = min(calibration.images, max(MIN_CALIBRATION, math.ceil(self.share * calibration.images)))
+        less: dict[str, Any] = {"calibration": calibration.model_copy(update={"images": images})}
+        if guard is not None:
+            less["guard"] = guard.model_copy(update={"minutes": self.share * guard.minutes})
+        return recipe.model_copy(update={"steps": steps, "quantize": recipe.quantize.model_copy(update=less)}), self.label
+
+    def _shorter(self, config: Any) -> Any:
+        if not isinstance(config, TrainConfig):
+            return config
+        if config.steps is not None:
+            return config.model_copy(update={"steps": max(1, round(self.share * config.steps))})
+        return config.model_copy(update={"epochs": self.share * config.epochs})
+
+
+def build_seconds(recipe: Recipe) -> float:
+    """About how long a recipe takes to build where nothing of it is there, s."""
+    stages = ["checkpoint", "export", *(f"quantize {name}" for name, _ in recipe.quantize.schemes)]
+    return sum(estimate_seconds(recipe, stage) for stage in stages)
+
+
+def _wrong(found: str) -> UsageError:
+    return UsageError(
+        "--budget",
+        expected="a share above 0 and at most 1, or a time as 90m or 1.5h",
+        found=f"'{found}'",
+        fix="write 0.1 for a tenth of the steps",
+    )
