@@ -195,8 +195,8 @@ def top1_agreement(predictions_a: np.ndarray, predictions_b: np.ndarray) -> floa
     return 100 * float(np.count_nonzero(predictions_a == predictions_b)) / int(predictions_a.size)
 
 
-def _discordant(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int]:
-    """How many images only `a`, and only `b`, has right."""
+def discordant(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int]:
+    """How many images only `a`, and only `b`, has right; both (N,)."""
     if correct_a.shape != correct_b.shape or correct_a.ndim != 1 or correct_a.size == 0:
         raise ValueError(f"results of shapes {correct_a.shape} and {correct_b.shape}")
     a, b = correct_a.astype(bool), correct_b.astype(bool)
@@ -213,7 +213,7 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[float
     p_a - p_b -+ 1.96 sqrt((p_a + p_b - (p_a - p_b)^2) / (N + 2)). It has a width even where the two
     never disagree.
     """
-    only_a, only_b = _discordant(correct_a, correct_b)
+    only_a, only_b = discordant(correct_a, correct_b)
     count = len(correct_a)
     p_a, p_b = (only_a + 1) / (count + 2), (only_b + 1) / (count + 2)
     half = Z95 * math.sqrt((p_a + p_b - (p_a - p_b) ** 2) / (count + 2))
@@ -225,12 +225,23 @@ def paired_interval(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[float
 def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     """Exact two-sided p of McNemar's test that two models are right equally often on the same images.
 
-    Under that hypothesis each discordant image falls either way with probability 1/2 (McNemar,
-    Psychometrika 12, 1947), so p = min(1, 2 P[Binomial(n, 1/2) <= min(f_a, f_b)]).
+    Only the images that one has right and the other has not tell: `mcnemar_of`.
     """
-    only_a, only_b = _discordant(correct_a, correct_b)
+    return mcnemar_of(*discordant(correct_a, correct_b))
+
+
+def mcnemar_of(only_a: int, only_b: int) -> float:
+    """Exact two-sided p of McNemar's test, from how many images only `a`, and only `b`, has right.
+
+    Under the hypothesis that both are right equally often each such image falls either way with
+    probability 1/2 (McNemar, Psychometrika 12, 1947), so p = min(1, 2 P[Binomial(n, 1/2) <= min(f_a, f_b)]).
+    The tail is summed in integers, each binomial coefficient from the one before.
+    """
     n, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    term = tail = 1
+    for k in range(fewer):
+        term = term * (n - k) // (k + 1)
+        tail += term
     return min(1.0, 2 * tail / (1 << n))
 
 

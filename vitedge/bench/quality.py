@@ -18,10 +18,11 @@ import numpy as np
 from vitedge import data as datasets
 from vitedge import plugins
 from vitedge.artifact import Artifact, digest_of, writing
+from vitedge.bench.answers import Answers, pack
 from vitedge.bench.isolation import run_worker
 from vitedge.bench.records import Difference, Measurement, Row
 from vitedge.errors import UsageError, VitedgeError
-from vitedge.evaluate import Quality, paired_interval, summarize, top1_agreement
+from vitedge.evaluate import Quality, discordant, paired_interval, summarize, top1_agreement
 from vitedge.host import isa_flags, tool_versions
 from vitedge.locations import cache_dir
 from vitedge.model_file import input_spec
@@ -72,6 +73,15 @@ def find_images(folder: Path | None, option: str | None, split: str = "test", sa
         raise UsageError("top-1", expected="a data set with the model's classes", found="none named", fix="name it with --data NAME|PATH")
     source = datasets.find(spec.name, option, download=False)
     return Images(source, datasets.digest(source), spec, split, samples)
+
+
+def digest_of_images(images: Images) -> str:
+    """Equal for the same images in the same order, whatever recipe they were judged for.
+
+    Which images are test images does not depend on how validation images are split off train.
+    """
+    split = (images.spec.validation, images.spec.split_seed) if images.split == "validation" else None
+    return digest_of(images.digest, images.split, split, images.samples, SAMPLE_SEED)
 
 
 def judge(row: Row, images: Images, progress: Progress = silent) -> tuple[Quality, str]:
@@ -187,11 +197,14 @@ def with_top1(measurement: Measurement, judged: Judged, reference: tuple[str, Ju
         "top1_interval": quality.top1_interval,
         "top1_images": judged.label,
     }
+    if judged.images is not None:
+        filled["answers"] = pack(Answers(digest_of_images(judged.images), quality.correct, quality.predictions))
     other = reference[1] if reference else None
     if reference and other and other.quality is not None and other.images == judged.images:
         filled["top1_agreement"] = top1_agreement(quality.predictions, other.quality.predictions)
         if other is not judged:
-            filled["top1_drop"] = Difference(*paired_interval(other.quality.correct, quality.correct), reference[0])
+            pair = (other.quality.correct, quality.correct)
+            filled["top1_drop"] = Difference(*paired_interval(*pair), reference[0], *discordant(*pair))
     return replace(measurement, **filled)
 
 

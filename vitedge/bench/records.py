@@ -6,6 +6,7 @@ Units are in the names; every measurement carries the conditions it was made und
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Difference:
-    """Top-1 points lost against the reference on the same images, with the paired 95 % interval."""
+    """Top-1 points lost against the reference on the same images, with the paired 95 % interval.
+
+    Attributes:
+        broken: Images that the reference has right and this row has not; None in measurements of before this was kept.
+        repaired: Images that this row has right and the reference has not.
+    """
 
     points: float
     low: float
     high: float
     reference: str
+    broken: int | None = None
+    repaired: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,7 @@ class Measurement:
         top1_images: How many images, and of which split.
         top1_agreement: Percent of images predicted as the reference does.
         top1_drop: Points below the reference.
+        answers: What it answered to each image, as `vitedge.bench.answers` packs it; None where top-1 was not measured.
         verdict: Against fp32.
         conditions: Host, threads, versions, load, seed, commit, date.
     """
@@ -171,15 +180,34 @@ class Measurement:
     top1_images: str = ""
     top1_agreement: float | None = None
     top1_drop: Difference | None = None
+    answers: dict[str, Any] | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Measurement:
+        """Read `to_plain`'s data back, checking every type; keys that are unknown are left out, later fields have their defaults.
+
+        Raises:
+            ValueError: It is no measurement; pydantic's, which knows the path of what is wrong.
+        """
+        made: Measurement = _reader().validate_python(plain)
+        return made
+
     @property
     def key(self) -> tuple[str, str, str, str, int, str]:
         """What a newer measurement replaces."""
         return key_of(self.to_plain())
+
+
+@cache
+def _reader() -> Any:
+    # A worker that only times has no use for pydantic.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Measurement)
 
 
 def key_of(plain: dict[str, Any]) -> tuple[str, str, str, str, int, str]:
