@@ -13,7 +13,7 @@ from vitedge.stage import estimate_seconds
 
 MIN_CALIBRATION = 32  # images; with fewer, a range is that of single images
 MIN_SAMPLES = 500  # test images; 95 % of top-1 is then within about 2.5 points
-TEST_IMAGES = 10_000  # of both CIFARs
+TEST_IMAGES, CIFAR_PIXELS = 10_000, 32  # of both CIFARs
 _MINUTES = re.compile(r"^(\d+(?:\.\d+)?) *(m|min|h)$")
 
 
@@ -99,10 +99,12 @@ class Budget:
         return config.model_copy(update={"epochs": self.share * config.epochs})
 
 
-def build_seconds(recipe: Recipe) -> float:
-    """About how long a recipe takes to build where nothing of it is there, s."""
+def build_seconds(recipe: Recipe, only: str | None = None) -> float:
+    """About how long a recipe takes to build where nothing of it is there, s; `only` counts just that stage."""
+    if recipe.model.img_size is None:  # left to the data, which is not read for a guess
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"img_size": CIFAR_PIXELS})})
     stages = ["checkpoint", "export", *(f"quantize {name}" for name, _ in recipe.quantize.schemes)]
-    return sum(estimate_seconds(recipe, stage) for stage in stages)
+    return sum(estimate_seconds(recipe, stage) for stage in stages if only in (None, stage))
 
 
 def _wrong(found: str) -> UsageError:

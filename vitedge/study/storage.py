@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STORAGE_FILE = "study.db"
 WORKER = "worker"  # the user attribute that a signature is kept under
+LOST = "lost"  # and the one that counts how often a process died over a trial
 HEARTBEAT_S = 60
 GRACE_S = 180  # of a worker on another machine
 UNSIGNED_S = 30.0  # between a claim and its signature lie milliseconds, unless the process died there
@@ -138,6 +139,21 @@ def reclaim(study: optuna.Study) -> list[int]:
     return [trial.number for trial in found if trial.number in gone]
 
 
+def hand_back(study: optuna.Study, number: int) -> None:
+    """Put a trial that this process runs back into the queue, as when it is told to end.
+
+    Args:
+        study: Where it is.
+        number: The trial's.
+    """
+    import optuna
+
+    trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # put back already, as one that was lost
+        study._storage.set_trial_state_values(trial._trial_id, optuna.trial.TrialState.FAIL)
+        _add_waiting(study, trial, {})
+
+
 @contextlib.contextmanager
 def heartbeat(storage: optuna.storages.RDBStorage, trial_id: int) -> Iterator[None]:
     """Say once a minute that a trial is worked on, for workers on other machines; for trials that `Study.optimize` does not run."""
@@ -196,15 +212,21 @@ def _claim_in_one_transaction(engine: Any) -> None:
 
 
 def _enqueue_again(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    """One more waiting trial like this one, unsigned."""
+    """One more waiting trial like this one, which was lost once more."""
+    _add_waiting(study, trial, {LOST: trial.user_attrs.get(LOST, 0) + 1})
+
+
+def _add_waiting(study: optuna.Study, trial: optuna.trial.FrozenTrial, changes: dict[str, Any]) -> None:
+    """A waiting trial like this one, unsigned."""
     import optuna
 
+    kept = {key: value for key, value in trial.user_attrs.items() if key != WORKER}
     study.add_trial(
         optuna.trial.create_trial(
             state=optuna.trial.TrialState.WAITING,
             params=trial.params,
             distributions=trial.distributions,
-            user_attrs={key: value for key, value in trial.user_attrs.items() if key != WORKER},
+            user_attrs={**kept, **changes},
             system_attrs=trial.system_attrs,
         )
     )

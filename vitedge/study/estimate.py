@@ -1,0 +1,82 @@
+"""About how long a study takes and how much disk it fills, before anything is built; first guesses, said as such.
+
+Times are those of earlier builds where there are any, else of the kind of work on two cores of a current Xeon
+(`stage.estimate_seconds`). Sizes are those of earlier builds, else of the architecture's name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vitedge.artifact import MANIFEST, Manifest
+from vitedge.device import Device
+from vitedge.recipe import Recipe
+from vitedge.stage import trained_scheme
+from vitedge.study.budget import TEST_IMAGES, build_seconds
+from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
+from vitedge.study.spec import MeasureSpec
+
+# Millions of parameters by a part of timm's name; the first that fits.
+_PARAMS_M = {"tiny": 5.7, "small": 22.0, "base": 86.0, "large": 304.0, "resnet18": 11.7, "resnet50": 25.6, "test_vit": 0.4}
+_QUANTIZED = 0.3  # of the float file
+_LOAD_S, _IMAGE_S = 2.5, 0.01  # of a measuring process, and of judging an image
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one task.
+
+    Attributes:
+        seconds: How long building it takes.
+        mib: What stays on disk; None where the size of the architecture is not known.
+        built: Whether a build folder is there, from which the figures are.
+    """
+
+    seconds: float
+    mib: float | None
+    built: bool
+
+
+def estimate_task(plan: Plan, task: Task) -> Estimate:
+    """What building a task takes.
+
+    Raises:
+        InputError: The manifest of its folder is damaged.
+    """
+    root = plan.root(task)
+    if (root / MANIFEST).is_file():
+        manifest = Manifest.load(root)
+        seconds = sum(float(record["seconds"]) for record in manifest.stages.values())
+        return Estimate(seconds, sum(artifact.size_bytes for artifact in manifest.artifacts.values()) / 2**20, True)
+    seconds = build_seconds(task.recipe, CHECKPOINT_STAGE if task.shared else None)
+    return Estimate(seconds, _mib(task), False)
+
+
+def _mib(task: Task) -> float | None:
+    """Files of a build, in sizes of the float model: its checkpoint, the last one of a training, both ONNX files, and what is quantized."""
+    recipe = task.recipe
+    params = next((count for part, count in _PARAMS_M.items() if part in recipe.model.arch), None)
+    if params is None:
+        return None
+    files = 2.0 if recipe.trains else 1.0
+    if not task.shared:
+        files += 2 + _QUANTIZED * len(recipe.quantize.schemes) + (1 + 3 * _QUANTIZED if trained_scheme(recipe) else 0)
+    return 4e6 * params / 2**20 * files
+
+
+def estimate_measuring(plan: Plan, device: Device) -> float:
+    """Seconds that measuring all rows of a device takes, once they are built."""
+    rows = plan.rows_of(device.name)
+    return sum(_sessions(task.recipe, device) for task in rows) * _session_seconds(plan.spec.measure, plan.samples)
+
+
+def _sessions(recipe: Recipe, device: Device) -> int:
+    """Files times the ways each is run."""
+    if recipe.quantize.schemes:
+        return len(recipe.quantize.schemes)
+    return sum(len(use.precisions) for use in device.runtimes)
+
+
+def _session_seconds(measure: MeasureSpec, samples: int | None) -> float:
+    timed = measure.rounds * (_LOAD_S + 2 * measure.seconds * len(measure.batch_sizes))
+    return timed + _IMAGE_S * (TEST_IMAGES if samples is None else samples)
