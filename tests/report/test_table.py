@@ -9,7 +9,8 @@ from rich.console import Console
 
 from tests.bench.made import CONDITIONS, make_measurement
 from vitedge.bench.records import Difference, Latency, Skipped, Verdict
-from vitedge.report.table import notes, precision, print_table, rows, verdict
+from vitedge.report.records import precision_of
+from vitedge.report.table import notes, print_table, rows, verdict
 
 FP32 = make_measurement(
     verdict=Verdict("baseline", 1.0), top1=91.42, top1_interval=(90.86, 91.95), top1_images="10,000 test images of CIFAR-10"
@@ -49,8 +50,8 @@ def test_verdict_has_ratio_and_interval():
 
 
 def test_what_stays_in_float_is_named():
-    assert precision(INT8) == "int8+bf16"
-    assert precision(FP32) == "fp32"
+    assert precision_of(INT8) == "int8+bf16"
+    assert precision_of(FP32) == "fp32"
 
 
 def test_unstable_and_missing_are_marked():

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vitedge.bench.records import Measurement, Skipped, Verdict
+from vitedge.report.cells import NONE, points, short
+from vitedge.report.records import precision_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-NONE = "-"
 
 
 def print_table(console: Console, measurements: Sequence[Measurement], skipped: Sequence[Skipped]) -> None:
@@ -68,7 +68,7 @@ def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[li
         largest = max(m.peak_rss_mib for m in by_batch.values())
         made.append(
             [
-                f"{some.artifact}\n  {some.runtime} {precision(some)}",
+                f"{some.artifact}\n  {some.runtime} {precision_of(some)}",
                 f"{some.size_bytes / 2**20:.1f}\n{largest:.0f}",
                 *(speed(by_batch.get(batch)) for batch in batches),
                 NONE
@@ -76,17 +76,11 @@ def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[li
                 else f"{some.top1:.2f}\n{some.top1_interval[0]:.1f}-{some.top1_interval[1]:.1f}",
                 NONE
                 if some.top1_drop is None
-                else f"{_points(some.top1_drop.points)}\n{_points(some.top1_drop.low)}~{_points(some.top1_drop.high)}",
+                else f"{points(some.top1_drop.points)}\n{points(some.top1_drop.low)}~{points(some.top1_drop.high)}",
                 *(NONE if batch not in by_batch else verdict(by_batch[batch].verdict) for batch in batches),
             ]
         )
     return made
-
-
-def precision(measurement: Measurement) -> str:
-    """`int8+bf16` where what stays in float is not fp32."""
-    rest = measurement.float_precision
-    return measurement.precision if rest in ("fp32", measurement.precision) else f"{measurement.precision}+{rest}"
 
 
 def speed(measurement: Measurement | None) -> str:
@@ -95,7 +89,7 @@ def speed(measurement: Measurement | None) -> str:
         return NONE
     mark = "!" if measurement.unstable else ""
     p50 = measurement.latency_ms.p50
-    return f"{_short(measurement.images_per_s)}{mark}\n{NONE if p50 is None else _short(p50)}"
+    return f"{short(measurement.images_per_s)}{mark}\n{NONE if p50 is None else short(p50)}"
 
 
 def verdict(said: Verdict) -> str:
@@ -149,11 +143,3 @@ def conditions(measurement: Measurement) -> list[str]:
     if load > c["cores"] / 2:
         lines.insert(1, f"warning: the host was busy before the bench (load {load:.2f}); the figures may be too low")
     return lines
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
-
-
-def _points(points: float) -> str:
-    return f"{points:.2f}".replace("-0.00", "0.00")

@@ -1,0 +1,127 @@
+"""Which rows of a table do not belong beside the others, and why: other host, emulated, unstable, other images, tools or threads.
+
+A row is held against the first row of its baseline; what differs is a warning on the row. Nothing is
+left out for it: a table may well show two hosts, as long as it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from vitedge.bench.compare import HOST
+from vitedge.bench.records import Measurement
+from vitedge.report.records import Row, Table
+
+
+def with_warnings(table: Table) -> Table:
+    """The table with every row's warnings; its comparisons must be there already."""
+    measured = table.measured
+    rows = [row if row.measurement is None else replace(row, warnings=tuple(_warn(row, _reference(row, measured)))) for row in table.rows]
+    return replace(table, rows=tuple(rows))
+
+
+def grouped(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """Each warning once, with the names of the rows it is about; `all rows` where it is about every one."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for text in row.warnings:
+            found.setdefault(text, []).append(_name(row))
+    count = sum(row.measurement is not None for row in rows)
+    return [(text, names if len(names) < count or count == 1 else ["all rows"]) for text, names in found.items()]
+
+
+def _name(row: Row) -> str:
+    return row.name if row.measurement is None else f"{row.name}, batch {row.measurement.batch_size}"
+
+
+def _reference(row: Row, measured: Sequence[Row]) -> Measurement | None:
+    named = [other for other in measured if row.baseline in (other.label, other.name)]
+    nearest = [other for other in named if other.device == row.device] or named or list(measured)
+    return nearest[0].measurement
+
+
+def _warn(row: Row, reference: Measurement | None) -> list[str]:
+    own = row.measurement
+    if own is None or reference is None:
+        return []
+    found = [f"made with less work than the full study: {row.budget}"] if row.budget else []
+    if own.unstable:
+        found.append(f"unstable: {own.unstable}")
+    if own.emulated:
+        found.append(_emulated(own.conditions))
+    if own.top1_reason:
+        found.append(f"top-1 not measured: {own.top1_reason}")
+    if own is not reference:
+        found += _differences(own, reference)
+    load, cores = own.conditions.get("load_average"), own.conditions.get("cores")
+    if load and cores and load[0] > cores / 2:
+        found.append(f"the host was busy before it was timed (load {load[0]:.2f} on {cores} cores)")
+    return found
+
+
+def _emulated(conditions: dict[str, Any]) -> str:
+    reasons = [*conditions.get("mismatches", []), *(f"{name}={value}" for name, value in conditions.get("environment", {}).items())]
+    return f"emulated: device {conditions.get('device')} is not the host it ran on ({'; '.join(reasons) or 'no reason kept'})"
+
+
+def _differences(own: Measurement, reference: Measurement) -> list[str]:
+    """What was not as for the baseline."""
+    here, there = own.conditions, reference.conditions
+    found = []
+    if any(here.get(name) != there.get(name) for name in HOST):
+        found.append(f"another host than the baseline's: {_host(here)}, not {_host(there)}")
+    elif here.get("date") != there.get("date"):
+        found.append(f"another run than the baseline's: {here.get('date')}, not {there.get('date')}")
+    if own.top1 is not None and reference.top1 is not None and _images(own, reference):
+        found.append(_images(own, reference))
+    if here.get("threads") != there.get("threads"):
+        found.append(f"other threads than the baseline's: {here.get('threads')}, not {there.get('threads')}")
+    if here.get("commit") != there.get("commit"):
+        found.append(f"another commit than the baseline's: {here.get('commit')}, not {there.get('commit')}")
+    versions, others = here.get("versions", {}), there.get("versions", {})
+    names = [name for name in sorted({*versions, *others}) if versions.get(name) != others.get(name)]
+    if names:
+        differing = [f"{name} {versions.get(name)}, not {others.get(name)}" for name in names]
+        found.append(f"other versions than the baseline's: {'; '.join(differing)}")
+    return found
+
+
+def _images(own: Measurement, reference: Measurement) -> str:
+    """Empty where both were judged on the same images, as far as is known."""
+    if own.top1_images != reference.top1_images:
+        return f"other images than the baseline's: {own.top1_images}, not {reference.top1_images}"
+    known = own.answers is not None and reference.answers is not None
+    if known and (own.answers or {}).get("images") != (reference.answers or {}).get("images"):
+        return f"images of another content than the baseline's, though both are called {own.top1_images}"
+    return ""
+
+
+def _host(conditions: dict[str, Any]) -> str:
+    return f"{conditions.get('cpu')}, {conditions.get('cores')} cores, {conditions.get('memory_mib')} MiB"
+
+
+def conditions_of(rows: Sequence[Row]) -> list[list[str]]:
+    """The conditions of each run and device, as lines; a latency without them is not a result."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.measurement is None:
+            continue
+        lines = _lines(row.measurement)
+        found.setdefault("\n".join(lines), lines)
+    return list(found.values())
+
+
+def _lines(measurement: Measurement) -> list[str]:
+    c = measurement.conditions
+    versions = ", ".join(f"{name} {version}" for name, version in c.get("versions", {}).items())
+    load = c.get("load_average") or [float("nan")]
+    emulated = " (EMULATED)" if measurement.emulated else ""
+    return [
+        f"device {c.get('device')}{emulated}: {c.get('cpu')}, {c.get('threads')} threads of {c.get('cores')} usable cores, "
+        f"{c.get('memory_mib')} MiB, {c.get('os')}, governor {c.get('governor') or 'unknown'}, load {load[0]:.2f} before",
+        f"{c.get('rounds')} rounds in turns, each a new process, at least {c.get('seconds')} s and {c.get('iterations')} inferences after "
+        "warm-up; ratios paired over rounds, 95 % bootstrap interval; `same` is a difference inside it",
+        f"{versions}; vitedge commit {c.get('commit')}; seed {c.get('seed')}; {c.get('date')}",
+    ]

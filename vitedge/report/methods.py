@@ -1,0 +1,102 @@
+"""One line per method, as the papers' tables have it: accuracy, speed on CPU and GPU, size, and the change against the model untouched.
+
+A method is a label of a study. Its artifact on a device is its fastest one: of the quantized files where it made
+any, since those are what the method is, else of all, in any runtime and precision; the line names it. Accuracy and
+size are that artifact's. The papers' changes are worked out from their own tables in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vitedge.report.against import is_quantized
+from vitedge.report.records import Row, Table
+
+BATCH = 1  # the papers' iterations are of one image
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line.
+
+    Attributes:
+        label: The method.
+        study: Name of the study; empty for a bench.
+        paper: The paper's figures.
+        paper_untouched: The paper's figures of the model the change is counted against; empty where it has none.
+        cpu, gpu: Its artifact there; None where it was not measured there.
+        failures: Why something was not measured, once each.
+        budget: How the figures were made smaller.
+    """
+
+    label: str
+    study: str
+    paper: Mapping[str, float]
+    paper_untouched: Mapping[str, float]
+    cpu: Row | None
+    gpu: Row | None
+    failures: tuple[str, ...]
+    budget: str
+
+    @property
+    def main(self) -> Row | None:
+        """The row whose accuracy and size are shown: the CPU's, else the GPU's."""
+        return self.cpu or self.gpu
+
+    @property
+    def paper_change(self) -> float | None:
+        """Points the paper's method has above its untouched model; negative where it lost."""
+        own, other = self.paper.get("top1"), self.paper_untouched.get("top1")
+        return None if own is None or other is None or self.paper is self.paper_untouched else own - other
+
+    def paper_ratio(self, name: str) -> float | None:
+        """The paper's figure over its untouched model's: of `size_mb`, `cpu_it_s` or `gpu_it_s`."""
+        own, other = self.paper.get(name), self.paper_untouched.get(name)
+        return None if own is None or not other or self.paper is self.paper_untouched else own / other
+
+
+def methods(table: Table) -> list[Method]:
+    """One line per label, in the order of the table."""
+    by_label: dict[tuple[str, str], list[Row]] = {}
+    for row in table.rows:
+        by_label.setdefault((row.study, row.label), []).append(row)
+    made = []
+    for (study, label), rows in by_label.items():
+        untouched = by_label.get((study, rows[0].untouched), [])
+        made.append(
+            Method(
+                label,
+                study,
+                rows[0].paper,
+                untouched[0].paper if untouched else {},
+                _fastest([row for row in rows if not row.on_gpu]),
+                _fastest([row for row in rows if row.on_gpu]),
+                tuple(dict.fromkeys(f"{row.device}: {row.failure}" if row.device else row.failure for row in rows if row.failure)),
+                "; ".join(dict.fromkeys(row.budget for row in rows if row.budget)),
+            )
+        )
+    return made
+
+
+def has_methods(table: Table) -> bool:
+    """Whether there is more than one method, so that a line for each says something."""
+    return len({(row.study, row.label) for row in table.rows}) > 1
+
+
+def _fastest(rows: Sequence[Row]) -> Row | None:
+    """The artifact that stands for the method on the first device there is, at batch size 1 or the smallest that was measured."""
+    measured = [row for row in rows if row.measurement is not None]
+    measured = [row for row in measured if row.device == measured[0].device]
+    quantized = [row for row in measured if row.measurement is not None and is_quantized(row.measurement)]
+    candidates = quantized or measured
+    if not candidates:
+        return None
+    sizes = {row.measurement.batch_size for row in candidates if row.measurement is not None}
+    batch = BATCH if BATCH in sizes else min(sizes)
+    return max(candidates, key=lambda row: _rate(row, batch))
+
+
+def _rate(row: Row, batch: int) -> float:
+    m = row.measurement
+    return m.images_per_s if m is not None and m.batch_size == batch else 0.0
