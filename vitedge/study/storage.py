@@ -24,7 +24,7 @@ from vitedge.errors import InputError, UnavailableError, UsageError, VitedgeErro
 if TYPE_CHECKING:
     import optuna
 
-STORAGE_FILE = "study.db"
+STORAGE_FILE, STORAGE_LOCK = "study.db", ".storage.lock"
 WORKER = "worker"  # the user attribute that a signature is kept under
 LOST = "lost"  # and the one that counts how often a process died over a trial
 HEARTBEAT_S = 60
@@ -59,7 +59,7 @@ def open_storage(folder: Path, url: str | None = None) -> optuna.storages.RDBSto
     with saying_where(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Two workers that start at once would both make the tables.
-        with FileLock(folder / ".storage.lock"), warnings.catch_warnings():
+        with FileLock(folder / STORAGE_LOCK), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             try:
                 storage = optuna.storages.RDBStorage(

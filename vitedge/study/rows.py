@@ -1,0 +1,92 @@
+"""Builds one task of a study: a recipe in its own folder under the study's, whole, or the checkpoint that others share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vitedge.artifact import MANIFEST, Artifact, Manifest, saying_where, writing
+from vitedge.device import Device
+from vitedge.pipeline import Bar, Pipeline
+from vitedge.study.host_lock import working
+from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
+
+_QUIET_NOTES = (str, int, float, bool)
+
+
+def build_task(plan: Plan, task: Task, data: str | None, say: Callable[[str], None], bar: Bar) -> dict[str, Any]:
+    """Build what is not built yet; stages that an interrupted worker finished are reused.
+
+    Args:
+        plan: The study.
+        task: What of it.
+        data: Where the images are, as `--data`.
+        say: Told, in a line, when this has to wait.
+        bar: Gives a progress bar by name.
+
+    Returns:
+        What is kept with the task: how long the stages took, s, what the recipe's steps say of themselves, and what was not built.
+
+    Raises:
+        VitedgeError: The recipe cannot be built so.
+    """
+    from filelock import FileLock
+
+    root = plan.root(task)
+    device = _device(plan, task)
+    with working("build", say), saying_where(root):
+        root.mkdir(parents=True, exist_ok=True)
+        # The lock of `vitedge export -o`: nobody else builds here. A worker that was killed has let go of it.
+        with FileLock(root / ".lock"):
+            if task.source:
+                take_checkpoint(root.parent / task.source, root)
+            pipeline = Pipeline(task.recipe, device, root, data, task.weights)
+            plans = pipeline.plan(CHECKPOINT_STAGE if task.shared else None)
+            manifest = pipeline.run(plans, bar)
+    skipped = {one.name: one.reason for one in plans if one.action == "skip"}
+    stages = {one.name: float(manifest.stages[one.name]["seconds"]) for one in plans if one.name in manifest.stages}
+    checkpoint = manifest.artifacts["checkpoint.safetensors"]
+    steps = [{name: _short(notes) for name, notes in step.items()} for step in checkpoint.notes.get("steps", [])]
+    return {"stage_seconds": stages, "steps": steps, "not_built": skipped}
+
+
+def _device(plan: Plan, task: Task) -> Device:
+    """The profile a task is built for; of what rows share only the checkpoint is built, which no profile changes."""
+    return next((device for _, device in plan.devices if device.name == task.device), plan.devices[0][1])
+
+
+def _short(notes: Any) -> dict[str, Any]:
+    """The figures of a step, without its lists of layers."""
+    return {key: value for key, value in notes.items() if isinstance(value, _QUIET_NOTES)} if isinstance(notes, dict) else {}
+
+
+def take_checkpoint(source: Path, root: Path) -> None:
+    """Copy the checkpoint of the same row's build for another device, so that nothing is trained twice.
+
+    Only the int8 files depend on the device. Does nothing where there is no checkpoint, or this folder has a build already.
+
+    Raises:
+        InputError: The manifest of `source` is damaged.
+        OutputError: The copy cannot be written.
+    """
+    if (root / MANIFEST).exists() or not (source / MANIFEST).is_file():
+        return
+    made = Manifest.load(source)
+    record = made.stages.get(CHECKPOINT_STAGE)
+    if record is None:
+        return
+    taken = Manifest(root, {CHECKPOINT_STAGE: record})
+    for name in record["outputs"]:
+        taken.artifacts[name] = _copy(made.artifacts[name], source, root)
+    taken.save()
+
+
+def _copy(artifact: Artifact, source: Path, root: Path) -> Artifact:
+    copies = tuple(root / file.relative_to(source) for file in artifact.files)
+    for file, copy in zip(artifact.files, copies, strict=True):
+        with writing(copy) as temporary:
+            shutil.copyfile(file, temporary)
+    return replace(artifact, files=copies)

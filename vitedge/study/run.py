@@ -1,0 +1,251 @@
+"""One worker of a study: takes task after task until none is left that can be done here.
+
+Several workers, on this machine or others, run the same command on the same folder or storage; each task is claimed once,
+and a worker with nothing to take waits for those that others run. A task that fails keeps its reason and stops nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from vitedge import data as datasets
+from vitedge.device import Device, require_accelerator
+from vitedge.errors import UnavailableError, VitedgeError, WorkerError
+from vitedge.host import probe_host
+from vitedge.pipeline import Bar
+from vitedge.study.estimate import estimate_measuring, estimate_task
+from vitedge.study.measure import Built, find_built, measure_device, measure_key
+from vitedge.study.plan import Plan, Task
+from vitedge.study.queue import Claim, Queue, State
+from vitedge.study.results import collect, write_results
+from vitedge.study.rows import build_task
+
+Bars = Callable[[], AbstractContextManager[Bar]]
+POLL_S = 1.0
+MOST_LOST = 10  # processes that died over a task before it is taken to be what kills them
+
+
+def run_study(
+    plan: Plan, url: str | None, say: Callable[[str], None], bars: Bars, retry_failed: bool = False
+) -> tuple[dict[str, Any], list[State]]:
+    """Work on a study until nothing is left for this host; `results.json` is up to date after every task.
+
+    Args:
+        plan: The study.
+        url: `--storage`; None for a file in the study's folder.
+        say: Told, in a line each, what ended, how much is left and about how long.
+        bars: Opens progress bars for one task.
+        retry_failed: Whether rows that failed before are tried again.
+
+    Returns:
+        What `results.json` has, and the states of what failed.
+
+    Raises:
+        UnavailableError: None of the devices is here, or Optuna is not installed.
+        UsageError: The study was begun with another budget, or the data that all rows share is not there.
+        OutputError: The study's folder cannot be written.
+        KeyboardInterrupt: Told to end; the task at hand was handed back.
+    """
+    unavailable = find_unavailable(plan)
+    with Queue(plan.folder, url, plan.spec.name) as queue:
+        queue.hold_to_budget(plan.budget.label)
+        worker = _Worker(plan, queue, unavailable, find_data(plan), say, bars)
+        worker.put_in(retry_failed)
+        worker.work()
+        states = queue.states()
+        content = collect(plan, states, unavailable)
+        write_results(plan, content)
+    wanted = {**worker.names, **{key: "" for _, key in worker.measuring(states)}}
+    return content, [states[key] for key in wanted if key in states and states[key].name == "failed"]
+
+
+def find_unavailable(plan: Plan) -> dict[str, str]:
+    """Devices whose accelerator is not on this host, with the reason.
+
+    Raises:
+        UnavailableError: None of the study's devices is here.
+    """
+    host, found = probe_host(), {}
+    last: UnavailableError | None = None
+    for _, device in plan.devices:
+        try:
+            require_accelerator(device, host)
+        except UnavailableError as error:
+            last, found[device.name] = error, str(error)
+    if last is not None and len(found) == len(plan.devices):
+        raise last
+    return found
+
+
+def find_data(plan: Plan) -> str | None:
+    """`--data` as the one data set it means: a folder of data sets is looked into once, by the name that all rows share.
+
+    Raises:
+        UsageError: The folder does not hold it.
+    """
+    names = {task.recipe.data.name for task in plan.tasks}
+    if plan.data is None or len(names) != 1:
+        return plan.data
+    return str(datasets.find(names.pop(), plan.data).path)
+
+
+class _Worker:
+    """The loop, and what it says."""
+
+    def __init__(
+        self, plan: Plan, queue: Queue, unavailable: Mapping[str, str], data: str | None, say: Callable[[str], None], bars: Bars
+    ) -> None:
+        self.plan, self.queue, self.unavailable, self.data, self.say, self.bars = plan, queue, unavailable, data, say, bars
+        self.names = {task.key: task.name for task in plan.tasks}
+        self.pace: list[tuple[float, float]] = []  # seconds estimated and taken, of what this worker did
+        self.estimates = {task.key: estimate_task(plan, task).seconds for task in plan.tasks}
+        self.told_of_waiting = False
+
+    def put_in(self, again: bool) -> None:
+        """Every task that is not in yet, and what failed where it is to be tried again."""
+        states = self.queue.refresh(self.names, again)
+        if again:
+            self.queue.refresh({key: f"measuring {device.name}" for (_, device), key in self.measuring(states)}, again)
+
+    def work(self) -> None:
+        """Until nothing is left to be done here, and nothing is under way elsewhere."""
+        while True:
+            states = self.queue.refresh(self.names)
+            measuring = self.measuring(states)
+            states = self.queue.refresh({key: f"measuring {device.name}" for (_, device), key in measuring}) if measuring else states
+            if self._take_one(states, measuring):
+                self.told_of_waiting = False
+                continue
+            under_way = [key for key in self._all_keys(measuring) if key in states and states[key].name == "running"]
+            if not under_way:
+                return
+            if not self.told_of_waiting:
+                self.say(f"nothing to take up; waiting for {len(under_way)} under way in other processes")
+                self.told_of_waiting = True
+            time.sleep(POLL_S)
+
+    def measuring(self, states: Mapping[str, State]) -> list[tuple[tuple[str, Device], str]]:
+        """The devices here whose rows are all built or failed, each with the key of measuring what was built."""
+        found = []
+        for asked, device in self.plan.devices:
+            rows = self.plan.rows_of(device.name)
+            if device.name in self.unavailable or not all(task.key in states and states[task.key].ended for task in rows):
+                continue
+            built = self._built(device, states)
+            if built:
+                found.append(((asked, device), measure_key(self.plan, device, built)))
+        return found
+
+    def _built(self, device: Device, states: Mapping[str, State]) -> list[Built]:
+        """The rows of a device that have something to measure."""
+        done = [task for task in self.plan.rows_of(device.name) if states[task.key].name == "done"]
+        return [built for built in (find_built(self.plan, task, device) for task in done) if built.artifacts]
+
+    def _all_keys(self, measuring: Iterable[tuple[tuple[str, Device], str]]) -> list[str]:
+        return [*self.names, *(key for _, key in measuring)]
+
+    def _take_one(self, states: Mapping[str, State], measuring: list[tuple[tuple[str, Device], str]]) -> bool:
+        """Claim and run the first task that can be run; False where there is none."""
+        ready = [task for task in self.plan.tasks if self._is_ready(task, states)]
+        # What killed a process comes last, so that it cannot keep the others from being done.
+        for task in sorted(ready, key=lambda task: states[task.key].lost):
+            claim = self.queue.claim(states[task.key])
+            if claim is not None:
+                self._run(claim, task.key, task.name, states, partial(self._build, task, states))
+                return True
+        for (asked, device), key in measuring:
+            claim = self.queue.claim(states[key]) if states[key].name == "waiting" else None
+            if claim is not None:
+                built = self._built(device, states)
+                name = f"measuring {len(built)} rows on {device.name}"
+                job = partial(measure_device, self.plan, asked, device, built, self.data, self.say)
+                self._run(claim, key, name, states, job)
+                return True
+        return False
+
+    def _is_ready(self, task: Task, states: Mapping[str, State]) -> bool:
+        """Waiting, for a device that is here, and what it stands on has ended."""
+        if states[task.key].name != "waiting" or task.device in self.unavailable:
+            return False
+        return all(states[key].ended for key in (*task.needs, *([task.after] if task.after else [])))
+
+    def _build(self, task: Task, states: Mapping[str, State], bar: Bar) -> dict[str, Any]:
+        for key in task.needs:
+            if states[key].name == "failed":
+                raise VitedgeError(
+                    task.label,
+                    expected=f"{self.names[key]} to be built",
+                    found=states[key].reason,
+                    fix="mend that, then use --retry-failed",
+                )
+        return build_task(self.plan, task, self.data, self.say, bar)
+
+    def _run(self, claim: Claim, key: str, name: str, states: Mapping[str, State], job: Callable[[Bar], dict[str, Any]]) -> None:
+        """Run a claimed task; whatever goes wrong is the task's, and the next one is taken."""
+        self.say(f"{name}: begun")
+        began = time.monotonic()
+        kept: dict[str, Any] = {}
+        failure: VitedgeError | None = None
+        try:
+            with claim.alive(), self.bars() as bar:
+                if states[key].lost >= MOST_LOST:
+                    raise WorkerError(
+                        name,
+                        expected="a process that lives through it",
+                        found=f"{states[key].lost} that were killed",
+                        fix="see whether memory ran out, then use --retry-failed",
+                    )
+                kept = job(bar)
+        except VitedgeError as error:
+            failure = error
+        except Exception as error:
+            if os.environ.get("VITEDGE_DEBUG"):
+                claim.hand_back()
+                raise
+            failure = _unexpected(name, error)
+        except BaseException:
+            claim.hand_back()
+            raise
+        seconds = time.monotonic() - began
+        still_ours = claim.failed(failure) if failure else claim.done(seconds, kept)
+        self.pace.append((self.estimates.get(key, seconds), seconds))
+        self._tell(name, seconds, failure, still_ours)
+
+    def _tell(self, name: str, seconds: float, failure: VitedgeError | None, still_ours: bool) -> None:
+        """One line: what ended, and what is left; and the results as they are now."""
+        states = self.queue.states()
+        own = [states[key] for key in self.names if key in states]
+        counts = {kind: sum(state.name == kind for state in own) for kind in ("done", "failed", "running", "waiting")}
+        left = f"{counts['done']} done, {counts['failed']} failed, {counts['running'] + counts['waiting']} left of {len(self.names)}"
+        ended = f"failed: {failure}" if failure else f"done in {_time(seconds)}"
+        if not still_ours:
+            ended = "was taken for lost meanwhile; another process has it now"
+        self.say(f"{name}: {ended}. {left}, about {_time(self._seconds_left(states, counts['running'] + 1))} to go")
+        write_results(self.plan, collect(self.plan, states, self.unavailable))
+
+    def _seconds_left(self, states: Mapping[str, State], workers: int) -> float:
+        """The estimates of what is left, at the pace so far, shared among the workers at work."""
+        estimated, taken = (sum(column) for column in zip(*self.pace, strict=True))
+        pace = min(20.0, max(0.05, taken / estimated)) if estimated else 1.0
+        building = [key for key in self.names if key not in states or not states[key].ended]
+        left = sum(self.estimates[key] for key in building) * pace / workers
+        measured = {device.name for (_, device), key in self.measuring(states) if key in states and states[key].ended}
+        here = [device for _, device in self.plan.devices if device.name not in self.unavailable and device.name not in measured]
+        return left + sum(estimate_measuring(self.plan, device) for device in here)
+
+
+def _unexpected(name: str, error: Exception) -> VitedgeError:
+    """An error that is not ours, as one line."""
+    text = " ".join(str(error).split())[:300]
+    return VitedgeError(
+        name, expected="a build", found=f"an unexpected {type(error).__name__}: {text}", fix="set VITEDGE_DEBUG=1 to see where"
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
