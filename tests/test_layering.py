@@ -19,7 +19,7 @@ LAYERS = {
     "numerics": 2, "calibration": 2,
     "models": 2, "compress": 2, "train": 2, "host": 2, "model_file": 2, "graph": 2, "quantize": 2, "runtimes": 2, "bench": 2.5,
     "export": 3, "guard": 3, "inspect": 3, "report": 3, "package": 3,
-    "stage": 4, "pipeline": 4, "cli": 6, "__main__": 6,
+    "stage": 4, "pipeline": 4, "study": 5, "cli": 6, "__main__": 6,
 }  # fmt: skip
 TORCH_SIDE = {"models", "train", "compress", "numerics", "calibration"}
 TORCH_ALLOWED = TORCH_SIDE | {"export", "pipeline"}
