@@ -1,0 +1,179 @@
+"""What the trials of a search share: the target, the folder, the images; and the building of a recipe's files.
+
+Trials whose model, data, preprocessing, steps and export are equal share a build folder, so that a checkpoint is trained once
+whatever is quantized from it: the pipeline's own keys decide what is there already. A folder belongs to one process at a time, from
+building to judging, since another one could quantize its files anew. Who holds a folder may wait for the host, never the other way round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from vitedge import data as datasets
+from vitedge.artifact import digest_of, saying_where
+from vitedge.bench.quality import Images
+from vitedge.bench.rows import Candidate, check_runtimes
+from vitedge.device import Device, load_device, require_accelerator
+from vitedge.errors import InputError
+from vitedge.host import Host, probe
+from vitedge.pipeline import Pipeline
+from vitedge.progress import Progress
+from vitedge.recipe import Recipe
+from vitedge.stage import artifact_name, trained_scheme
+from vitedge.study.definition import Definition
+from vitedge.study.host_lock import working
+from vitedge.study.point import limits_of
+
+TRIALS = "trials"
+Bar = Callable[[str], Progress]
+
+
+class TrialPipeline(Pipeline):
+    """A pipeline that cannot look at the test split, which training would otherwise do once at its end."""
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset | None:
+        """The images, without those of the test split."""
+        found = super().dataset
+        return replace(found, test=None) if found is not None else None
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every trial of a search shares.
+
+    Attributes:
+        definition: The search.
+        device: The target.
+        host: This machine, engines included.
+        folder: The search's folder.
+        data: `--data`.
+        weights: `--weights`, or the search's.
+        limits: By name, the device's budgets among them.
+        say: Told, in a line each, what the user should know while waiting.
+    """
+
+    definition: Definition
+    device: Device
+    host: Host
+    folder: Path
+    data: str | None
+    weights: str | None
+    limits: dict[str, float]
+    say: Callable[[str], None]
+
+    @property
+    def threads(self) -> int:
+        """Intra-operator threads."""
+        return self.device.threads or self.host.usable_cores
+
+    @property
+    def baseline_root(self) -> Path:
+        """The baseline's build folder; a trial's `distill: {teacher: <its recipe>}` finds it there."""
+        return self.folder / TRIALS / self.definition.baseline.name
+
+    def images(self, split: str) -> Images:
+        """The images that files are judged on: the search's share of validation, all of test.
+
+        Raises:
+            UsageError: They are not there.
+        """
+        spec = self.definition.base.data
+        source = datasets.find(spec.name, self.data)
+        samples = self.definition.search.measure.samples if split == "validation" else None
+        return Images(source, datasets.digest(source), spec, split, samples)
+
+    def pipeline(self, recipe: Recipe, root: Path) -> TrialPipeline:
+        """The pipeline of a recipe for this search's target, data and weights.
+
+        Raises:
+            UsageError: The folder holds something else, or data or weights cannot be found.
+        """
+        return TrialPipeline(recipe, self.device, root, self.data, self.weights)
+
+    def identity(self) -> str:
+        """Of everything that decides a figure, hex: trials of another identity cannot be compared with these.
+
+        Raises:
+            UsageError: Data or weights cannot be found.
+        """
+        search, definition = self.definition.search, self.definition
+        return digest_of(
+            [recipe.to_plain() for recipe in (definition.baseline, definition.base)],
+            {path: dimension.model_dump(mode="json") for path, dimension in search.space.items()},
+            [search.objectives, search.measure.model_dump(mode="json"), self.limits, self.device.model_dump(mode="json")],
+            [self.pipeline(definition.baseline, self.baseline_root).weights.digest(), self.images("validation").digest],
+        )
+
+
+def open_workshop(definition: Definition, folder: Path, data: str | None, weights: str | None, say: Callable[[str], None]) -> Workshop:
+    """What a search needs of this machine, checked before any work.
+
+    Raises:
+        UsageError: The device, a runtime, or limits that do not fit.
+        UnavailableError: The device's accelerator is not here.
+    """
+    search = definition.search
+    device = load_device(search.device)
+    check_runtimes(search.measure.runtimes, device)
+    host = probe()
+    require_accelerator(device, host)
+    limits = limits_of(search.constraints, device, search.measure.batch_size)
+    return Workshop(definition, device, host, folder, data, weights or search.weights, limits, say)
+
+
+def settings_digest(recipe: Recipe) -> str:
+    """Identity of what a recipe makes, whatever it is called, hex."""
+    plain = recipe.to_plain()
+    return digest_of({key: value for key, value in plain.items() if key not in ("name", "description", "limits")})
+
+
+def trial_root(folder: Path, recipe: Recipe) -> Path:
+    """The build folder of a trial: one for all recipes whose fp32 model is the same."""
+    plain = recipe.to_plain()
+    return folder / TRIALS / digest_of({key: plain[key] for key in ("model", "data", "preprocess", "seed", "steps", "export")})[:16]
+
+
+@contextlib.contextmanager
+def held(root: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a build folder; waits for a worker that has it.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    with saying_where(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say(f"another worker has {root}; waiting for it to end")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def build(shop: Workshop, recipe: Recipe, root: Path, bar: Bar) -> list[Candidate]:
+    """The files of a recipe, made where they are not there yet; the caller holds the folder.
+
+    Raises:
+        VitedgeError: It cannot be built.
+    """
+    with working("build", shop.say):
+        pipeline = shop.pipeline(recipe, root)
+        manifest = pipeline.run(pipeline.plan(), bar)
+    own_scheme = trained_scheme(recipe)
+    names = ["model.fp32.onnx", *([f"model.{own_scheme}.onnx"] if own_scheme else [])]
+    names += [artifact_name(name) for name, _ in recipe.quantize.schemes]
+    missing = [name for name in names if name not in manifest.artifacts]
+    if missing:
+        raise InputError(str(root), expected=", ".join(names), found=f"no {', '.join(missing)}", fix="remove the folder and search again")
+    return [Candidate(manifest.artifacts[name], root) for name in dict.fromkeys(names)]
