@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vitedge.report.records import Table
 
 SUFFIX = ".md"
+_ESCAPED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{sign: f"\\{sign}" for sign in "\\|`*_[]"}})
 
 
 def render(table: Table, width: int) -> str:
@@ -59,15 +60,4 @@ def _cell(shown: Shown) -> str:
 
 def _text(text: str) -> str:
     """Text that stays text inside a table: no tags, no columns of its own, no emphasis."""
-    for sign, escaped in (
-        ("\\", "\\\\"),
-        ("&", "&amp;"),
-        ("<", "&lt;"),
-        (">", "&gt;"),
-        ("|", "\\|"),
-        ("`", "\\`"),
-        ("*", "\\*"),
-        ("_", "\\_"),
-    ):
-        text = text.replace(sign, escaped)
-    return " ".join(text.split())
+    return " ".join(text.translate(_ESCAPED).split())

@@ -22,7 +22,7 @@ def render(table: Table, width: int) -> str:
     from vitedge.report.grids import grids
 
     stream = io.StringIO()
-    console = Console(file=stream, width=width, no_color=True, highlight=False)
+    console = Console(file=stream, width=width, no_color=True, highlight=False, emoji=False)
     for grid in grids(table):
         console.print(f"{grid.title}: {table.title}", markup=False)
         console.print(_draw(grid))

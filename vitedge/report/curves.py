@@ -1,0 +1,81 @@
+"""Training curves out of the `metrics.jsonl` of build folders, thinned to what a plot can show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+MANY = 250  # points of a curve that a plot can show
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric of one build.
+
+    Attributes:
+        build: Name of the build folder.
+        steps: Optimizer steps over all stages of the training.
+        values: As many.
+        of: How many there were before thinning.
+    """
+
+    build: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    of: int
+
+
+def read_curves(builds: Sequence[Path], metric: str) -> tuple[list[Curve], list[str]]:
+    """The curves of a metric, and a line for each file that is damaged.
+
+    Args:
+        builds: Build folders; those without a training have no curve.
+        metric: `loss`, `validation_top1` ...
+    """
+    curves, problems = [], []
+    for build in builds:
+        path = build / METRICS
+        if not path.is_file():
+            continue
+        try:
+            lines = _read(path)
+        except (OSError, ValueError) as error:
+            problems.append(f"{path}: damaged ({error})")
+            continue
+        points = _points(lines, metric)
+        if points:
+            # The last point is the training's result, so it is always among those kept.
+            kept = points[:: -(-len(points) // MANY)]
+            kept += [] if kept[-1] is points[-1] else [points[-1]]
+            curves.append(Curve(build.name, tuple(step for step, _ in kept), tuple(value for _, value in kept), len(points)))
+    return curves, problems
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows = path.read_text(encoding="utf-8").split("\n")
+    lines = []
+    for number, row in enumerate(rows, 1):
+        try:
+            line = json.loads(row)
+            if not (isinstance(line, dict) and isinstance(line.get("stage"), int) and isinstance(line.get("step"), int)):
+                raise ValueError("no object with a stage and a step")
+            lines.append(line)
+        except ValueError as error:
+            if number < len(rows):  # the last row ends in no newline: it is empty, or was cut off by a kill
+                raise ValueError(f"line {number}: {error}") from error
+    return lines
+
+
+def _points(lines: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, float]]:
+    """Step over all stages and value, stage after stage."""
+    points: list[tuple[int, float]] = []
+    first = 0
+    for stage in sorted({line["stage"] for line in lines}):
+        own = [line for line in lines if line["stage"] == stage]
+        points += [(first + line["step"], float(line[metric])) for line in own if isinstance(line.get(metric), (int, float))]
+        first += max(line["step"] for line in own)
+    return points

@@ -1,0 +1,233 @@
+"""The plots of the page as plain data in Plotly's terms: Pareto fronts, latencies, training curves.
+
+Told apart by shape as well as by colour, in the palette of Okabe and Ito (2008) without its yellow, which
+is lost on white. Names are escaped here: Plotly reads tags in text.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vitedge.bench.records import Measurement
+from vitedge.report.cells import MIB, short
+from vitedge.report.curves import Curve, read_curves
+from vitedge.report.records import Row, Table
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#888888")
+SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "pentagon", "hexagram", "bowtie")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+DRAWN_SAMPLES = 200  # of a row's inferences
+DRAWN_BOXES = 40  # rows whose latencies are drawn
+NAME = 26  # characters of a row's name beside a box
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One plot.
+
+    Attributes:
+        name: For anchors.
+        title: For people, who may not see the plot.
+        note: What it shows and what it leaves out.
+        traces: Plotly's data.
+        layout: Plotly's layout; the page adds colours.
+        height: Pixels.
+    """
+
+    name: str
+    title: str
+    note: str
+    traces: list[dict[str, Any]]
+    layout: dict[str, Any]
+    height: int = 440
+
+
+def figures(table: Table) -> tuple[list[Figure], list[str]]:
+    """All there is to draw, and what could not be read for it."""
+    top1, problems = read_curves(table.builds, "validation_top1")
+    loss, _ = read_curves(table.builds, "loss")
+    drawn = [*pareto_speed(table), *pareto_size(table), *latencies(table)]
+    drawn += curve_figure("curves-top1", "Validation top-1 while training", "top-1 on validation images, %", top1)
+    drawn += curve_figure("curves-loss", "Loss while training", "training loss", loss)
+    return drawn, problems
+
+
+def front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[int]:
+    """Indices of the points that no other beats, in ascending order of x; y is better when larger.
+
+    Args:
+        points: x and y.
+        more_is_better: Whether a larger x is better.
+    """
+    best_first = sorted(range(len(points)), key=lambda i: (-points[i][0] if more_is_better else points[i][0], -points[i][1]))
+    kept: list[int] = []
+    for index in best_first:
+        if not kept or points[index][1] > points[kept[-1]][1]:
+            kept.append(index)
+    return sorted(kept, key=lambda i: points[i][0])
+
+
+def pareto_speed(table: Table) -> list[Figure]:
+    """Top-1 against images per second, a plot per device and batch size: other places are other axes."""
+    places = list(dict.fromkeys((row.device, row.measurement.batch_size) for row in table.measured if row.measurement))
+    made = []
+    for device, batch in places:
+        rows = [row for row in table.measured if row.measurement and (row.device, row.measurement.batch_size) == (device, batch)]
+        title = f"Top-1 against images/s on {device}, batch {batch}"
+        made += _pareto(f"pareto-speed-{len(made)}", title, "images per second", rows, lambda m: m.images_per_s, True)
+    return made
+
+
+def pareto_size(table: Table) -> list[Figure]:
+    """Top-1 against MiB: one point per file, runtime and precision, of the first place it was measured in."""
+    firsts: dict[str, Row] = {}
+    for row in table.measured:
+        firsts.setdefault(f"{row.study} {row.name}", row)
+    return _pareto("pareto-size", "Top-1 against size", "MiB on disk", list(firsts.values()), lambda m: m.size_bytes / MIB, False)
+
+
+def _pareto(name: str, title: str, x_title: str, rows: Sequence[Row], x_of: Any, more_is_better: bool) -> list[Figure]:
+    known = [row for row in rows if row.measurement is not None and row.measurement.top1 is not None]
+    if not known:
+        return []
+    points = [(float(x_of(row.measurement)), float(row.measurement.top1 or 0.0)) for row in known if row.measurement]
+    best = front(points, more_is_better)
+    line = {"color": "#888888", "dash": "dot", "width": 2, "shape": "vh" if more_is_better else "hv"}
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "Pareto front",
+            "x": [points[i][0] for i in best],
+            "y": [points[i][1] for i in best],
+            "line": line,
+            "hoverinfo": "skip",
+        }
+    ]
+    for place, label in enumerate(dict.fromkeys(row.label for row in known)):
+        own = [i for i, row in enumerate(known) if row.label == label]
+        traces.append(_markers(label, place, [known[i] for i in own], [points[i] for i in own]))
+    left = len(rows) - len(known)
+    note = "Points of the dotted front are beaten by none in both; bars are 95 % intervals."
+    note += f" {left} {'row has' if left == 1 else 'rows have'} no top-1 and no point." if left else ""
+    layout = {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": "top-1, %"}}, "hovermode": "closest"}
+    return [Figure(name, title, note, traces, layout)]
+
+
+def _markers(label: str, place: int, rows: Sequence[Row], points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """One method's points, each with its interval and, on hover, what it was measured under."""
+    bounds = [(m.top1_interval or (y, y)) if (m := row.measurement) else (y, y) for row, (_, y) in zip(rows, points, strict=True)]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": html.escape(label, quote=False),
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [high - y for (_, high), (_, y) in zip(bounds, points, strict=True)],
+            "arrayminus": [y - low for (low, _), (_, y) in zip(bounds, points, strict=True)],
+            "thickness": 1,
+            "width": 3,
+        },
+        "marker": {"color": COLOURS[place % len(COLOURS)], "symbol": SYMBOLS[place % len(SYMBOLS)], "size": 11, "line": {"width": 1}},
+        "hoverinfo": "text",
+        "hovertext": [_hover(row) for row in rows],
+    }
+
+
+def _hover(row: Row) -> str:
+    """Recipe, figures and conditions, in lines."""
+    m = row.measurement
+    assert m is not None
+    c = m.conditions
+    lines = [
+        row.name,
+        f"recipe {row.recipe or '-'}{f', {row.budget}' if row.budget else ''}",
+        f"top-1 {m.top1:.2f} %" if m.top1 is not None else "",
+        f"{short(m.images_per_s)} images/s at batch {m.batch_size}, {short(m.size_bytes / MIB)} MiB",
+        f"{row.device}{' (emulated)' if m.emulated else ''}: {c.get('cpu')}, {c.get('threads')} threads",
+        f"{c.get('date')}, commit {c.get('commit')}",
+        f"unstable: {m.unstable}" if m.unstable else "",
+    ]
+    return "<br>".join(html.escape(line, quote=False) for line in lines if line)
+
+
+def latencies(table: Table) -> list[Figure]:
+    """Times of single inferences, a box per row, a plot per device at its smallest batch size."""
+    made = []
+    for device in dict.fromkeys(row.device for row in table.measured):
+        own = [row for row in table.measured if row.device == device and row.measurement and any(row.measurement.samples_ms)]
+        if not own:
+            continue
+        batch = min(row.measurement.batch_size for row in own if row.measurement)
+        rows = [row for row in own if row.measurement and row.measurement.batch_size == batch]
+        drawn = rows[:DRAWN_BOXES]
+        # The first row stands on top; Plotly counts categories from below.
+        traces = [_box(row, place) for place, row in reversed(list(enumerate(drawn)))]
+        note = f"Each box is drawn from at most {DRAWN_SAMPLES} of a row's inferences, evenly spaced from the shortest to the longest."
+        note += f" {len(rows) - len(drawn)} further rows are not drawn." if len(rows) > len(drawn) else ""
+        layout = {
+            "xaxis": {"title": {"text": "ms"}, "type": "log"},
+            "yaxis": {"automargin": True, "type": "category"},
+            "showlegend": False,
+            "hovermode": "closest",
+        }
+        title = f"Latency on {device}, batch {batch}"
+        made.append(Figure(f"latency-{len(made)}", title, note, traces, layout, 160 + 34 * len(drawn)))
+    return made
+
+
+def _box(row: Row, place: int) -> dict[str, Any]:
+    assert row.measurement is not None
+    short_name = row.name if len(row.name) <= NAME else f"{row.name[: NAME - 1]}…"
+    return {
+        "type": "box",
+        "orientation": "h",
+        # Two names cut to the same length must not share a box.
+        "name": f"{place + 1}. {html.escape(short_name, quote=False)}",
+        "x": spaced(row.measurement),
+        "boxpoints": "outliers",
+        "marker": {"color": COLOURS[place % len(COLOURS)], "size": 3},
+        "line": {"width": 1.5},
+    }
+
+
+def spaced(measurement: Measurement) -> list[float]:
+    """Order statistics of the row's inferences, ms: all where they are few, else evenly spaced with both ends."""
+    ordered = sorted(sample for samples in measurement.samples_ms for sample in samples)
+    if len(ordered) <= DRAWN_SAMPLES:
+        return ordered
+    last = len(ordered) - 1
+    return [ordered[round(i * last / (DRAWN_SAMPLES - 1))] for i in range(DRAWN_SAMPLES)]
+
+
+def curve_figure(name: str, title: str, y_title: str, curves: Sequence[Curve]) -> list[Figure]:
+    """The curves of one metric; nothing where no build has any."""
+    if not curves:
+        return []
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if len(curve.steps) <= 30 else "lines",
+            "name": html.escape(curve.build, quote=False),
+            "x": list(curve.steps),
+            "y": list(curve.values),
+            "line": {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place % len(DASHES)], "width": 2},
+            "marker": {"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 7},
+        }
+        for place, curve in enumerate(curves)
+    ]
+    thinned = [curve for curve in curves if curve.of > len(curve.steps)]
+    note = f"Thinned to {max(len(curve.steps) for curve in thinned)} points of up to {max(c.of for c in thinned):,}." if thinned else ""
+    layout = {
+        "xaxis": {"title": {"text": "optimizer step"}},
+        "yaxis": {"title": {"text": y_title}},
+        "hovermode": "closest",
+        "showlegend": True,
+    }
+    return [Figure(name, title, note, traces, layout)]
