@@ -18,8 +18,9 @@ from vitedge.bench.run import Bar, BenchRequest, BenchResult, bench
 from vitedge.bench.timing import TimingSettings
 from vitedge.device import Device
 from vitedge.report.json_file import dump, to_plain
+from vitedge.stage import artifact_name, trained_scheme
 from vitedge.study.host_lock import working
-from vitedge.study.plan import Plan, Task
+from vitedge.study.plan import CHECKPOINT, Plan, Task
 
 MEASUREMENTS = "measurements"
 SCHEMA_VERSION = 1
@@ -48,10 +49,13 @@ def find_built(plan: Plan, task: Task, device: Device) -> Built:
         InputError: The manifest of its folder is damaged.
     """
     formats = {name for use in device.runtimes for name in plugins.load("runtimes", use.runtime).FORMATS}
-    manifest = Manifest.load(plan.root(task))
-    wanted = [one for one in manifest.artifacts.values() if one.format in formats and "variant_of" not in one.notes]
-    quantized = [one for one in wanted if one.scheme != "fp32"]
-    return Built(task, tuple(sorted(quantized or wanted, key=lambda one: one.name)))
+    trained = trained_scheme(task.recipe)
+    names = {artifact_name(scheme) for scheme, _ in task.recipe.quantize.schemes}
+    names |= {f"model.{trained}.onnx", CHECKPOINT} if trained else set()
+    artifacts = Manifest.load(plan.root(task)).artifacts.values()
+    runnable = [one for one in artifacts if one.format in formats and "variant_of" not in one.notes]
+    own = [one for one in runnable if (one.name in names if names else one.scheme == "fp32")]
+    return Built(task, tuple(sorted(own, key=lambda one: one.name)))
 
 
 def measure_key(plan: Plan, device: Device, built: Sequence[Built]) -> str:

@@ -1,0 +1,68 @@
+"""A budget shrinks what takes time, says so, and leaves everything else as it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitedge.errors import UsageError
+from vitedge.recipe import Recipe, load_recipe, recipe_from_plain
+from vitedge.study.budget import MIN_CALIBRATION, MIN_SAMPLES, Budget, build_seconds
+
+
+def steps_of(recipe: Recipe) -> list[object]:
+    return [config.steps or config.epochs for name, config in recipe.steps if name == "train"]  # type: ignore[attr-defined]
+
+
+def test_a_tenth_of_the_steps_images_and_minutes() -> None:
+    recipe = load_recipe("deit_tiny_prune_svd")
+    smaller, label = Budget(0.1).apply(recipe)
+    assert steps_of(recipe) == [400, 600] and steps_of(smaller) == [40, 60]
+    assert label == "10 % of the steps"
+    plain, other = recipe.to_plain(), smaller.to_plain()
+    for one, two in zip(plain["steps"], other["steps"], strict=True):
+        assert one == two or "train" in one
+    guarded, _ = Budget(0.1).apply(load_recipe("deit_tiny_guarded_int8"))
+    assert guarded.quantize.guard is not None and guarded.quantize.guard.minutes == pytest.approx(1.0)
+    assert guarded.quantize.calibration.images == MIN_CALIBRATION
+    half, _ = Budget(0.5).apply(load_recipe("deit_tiny_guarded_int8"))
+    assert half.quantize.calibration.images == 128
+
+
+def test_epochs_shrink_too_and_a_step_is_left() -> None:
+    epochs, _ = Budget(0.25).apply(load_recipe("deit_tiny_32_distilled"))
+    assert steps_of(epochs) == [7.0, 1.0]
+    least, _ = Budget(0.001).apply(load_recipe("deit_tiny_224_nystrom24"))
+    assert steps_of(least) == [1]
+
+
+def test_all_of_the_work_is_the_recipe_itself_without_a_label() -> None:
+    recipe = load_recipe("deit_tiny_112_int8")
+    assert Budget().apply(recipe) == (recipe, "")
+    assert Budget().samples is None and Budget().label == ""
+    assert Budget.parse(None) == Budget() == Budget.parse("1")
+
+
+def test_what_a_budget_makes_is_a_valid_recipe() -> None:
+    smaller, _ = Budget(0.03).apply(load_recipe("deit_tiny_diffq"))
+    assert recipe_from_plain(smaller.to_plain(), "smaller").to_plain() == smaller.to_plain()
+
+
+@pytest.mark.parametrize(("share", "samples"), [(0.5, 5000), (0.01, MIN_SAMPLES)])
+def test_test_images_shrink_to_what_still_says_something(share: float, samples: int) -> None:
+    assert Budget(share).samples == samples
+
+
+def test_minutes_become_the_share_that_fits() -> None:
+    assert Budget.parse("90m") == Budget.parse("90min") == Budget.parse("1.5h") == Budget(minutes=90.0)
+    assert Budget(minutes=30).within(6000.0) == Budget(0.3)
+    assert Budget(minutes=30).within(600.0) == Budget()
+    assert Budget(0.2).within(600.0) == Budget(0.2)
+    recipe = load_recipe("deit_tiny_112_int8")
+    smaller, label = Budget(minutes=build_seconds(recipe) / 60 / 4).apply(recipe)
+    assert steps_of(smaller) == [900] and label == "25 % of the steps"
+
+
+@pytest.mark.parametrize("text", ["0", "1.1", "-1", "nan", "10 %", "soon", "0m", "infh"])
+def test_a_budget_that_is_none_is_one_line(text: str) -> None:
+    with pytest.raises(UsageError, match="--budget: expected a share above 0"):
+        Budget.parse(text)
