@@ -113,7 +113,7 @@ def load_search(name_or_path: str) -> Definition:
     """
     path = _find(name_or_path)
     where = str(path)
-    search = validate(Search, {"name": path.stem, **load_yaml(path)}, where)
+    search = _read(path)
     baseline = apply_overrides(load_recipe(search.recipe), search.overrides)
     plain = baseline.to_plain()
     if search.steps is not None:
@@ -128,6 +128,32 @@ def load_search(name_or_path: str) -> Definition:
     if problems:
         raise FileProblems(where, problems)
     return definition
+
+
+def _read(path: Path) -> Search:
+    """The file, each dimension checked by itself so that a misspelt key of one is told with the keys it could be.
+
+    Raises:
+        FileProblems: Every problem of the file, a line each.
+    """
+    content = {"name": path.stem, **load_yaml(path)}
+    problems: list[UsageError] = []
+    if isinstance(content.get("space"), dict):
+        dimensions = {}
+        for key, plain in content["space"].items():
+            try:
+                dimensions[str(key)] = validate(Dimension, plain, str(path), prefix=f"space.{key}.")
+            except FileProblems as error:
+                problems += error.problems
+        # Where none is good, that there is none is no problem of its own.
+        content["space"] = dimensions if dimensions or not problems else {"-": Dimension(optional=True)}
+    try:
+        search = validate(Search, content, str(path))
+    except FileProblems as error:
+        raise FileProblems(str(path), [*problems, *error.problems]) from error
+    if problems:
+        raise FileProblems(str(path), problems)
+    return search
 
 
 def _find(name_or_path: str) -> Path:

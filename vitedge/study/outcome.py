@@ -93,10 +93,17 @@ def write_result(
     return Outcome(tuple(records), points, tuple(kept), winner, test, recipes, ended, plain)
 
 
-def finish(shop: Workshop, reference: Reference, records: Sequence[Record], ended: str, bars: Bars) -> Outcome:
+def finish(shop: Workshop, reference: Reference, read: Callable[[], list[Record]], ended: str, bars: Bars) -> Outcome:
     """Write the Pareto set as recipes and let the test split judge the winner, unless it did so before.
 
     While another worker is at a trial, its end may bring another winner: the last worker asks the test split.
+
+    Args:
+        shop: The search.
+        reference: Its baseline.
+        read: Gives all trials as they are now; another worker may have ended one while this one waited.
+        ended: Why this worker ended.
+        bars: Gives progress bars by name.
 
     Raises:
         VitedgeError: The winner's file cannot be built again.
@@ -104,6 +111,7 @@ def finish(shop: Workshop, reference: Reference, records: Sequence[Record], ende
     from filelock import FileLock
 
     with FileLock(shop.folder / END_LOCK):
+        records = read()
         points = (*reference.points, *(point for record in records for point in record.points))
         kept, winner = front(points, shop.definition.search.objectives), choose_winner(points)
         recipes = write_recipes(shop, reference, kept, records)

@@ -122,7 +122,8 @@ def explain(dimension: Dimension) -> str:
         return f"there or not{condition}"
     bounds = dimension.int or dimension.float
     known = options(dimension)
-    if known is not None and len(known) <= 8:
+    if known is not None and (bounds is None or len(known) <= 8):
         return f"{', '.join(str(value) for value in known)}{condition}"
-    low, high, *rest = bounds or ("", "")
+    assert bounds is not None
+    low, high, *rest = bounds
     return f"{low} to {high}{''.join(f', {part}' if part == 'log' else f' by {part}' for part in rest)}{condition}"

@@ -89,7 +89,7 @@ def search(request: SearchRequest, say: Callable[[str], None], tell: Callable[[N
             reference = measure_baseline(shop, identity, bar)
         run = _Run(shop, reference, study, storage, tell, bars, began)
         ended = run.go()
-        outcome = finish(shop, reference, records_of(study, definition.space), ended, bars)
+        outcome = finish(shop, reference, lambda: records_of(study, definition.space), ended, bars)
     finally:
         close_storage(storage)
     failed = [record for record in outcome.records if record.failure]
@@ -207,7 +207,9 @@ class _Run:
             OutputError: Results cannot be written.
         """
         began = time.monotonic()
-        failure, measured, twin = "", None, None
+        failure = ""
+        measured: Measured | None = None
+        twin: Record | None = None
         try:
             with heartbeat(self.storage, trial._trial_id), self.bars() as bar:
                 if trial.user_attrs.get(LOST, 0) >= MAX_LOST:
