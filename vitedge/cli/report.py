@@ -24,7 +24,7 @@ EXISTING = click.Path(exists=True, path_type=Path)
 @click.option(
     "--baseline",
     metavar="LABEL",
-    help="What all rows are compared with: a label, or a row's whole name.  [default: the study's, else fp32]",
+    help="What rows are compared with: a label, or a row's whole name.  [default: the study's, else fp32]",
 )
 @click.option(
     "--pictures",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,10 @@ def _points(lines: Sequence[dict[str, Any]], metric: str) -> list[tuple[int, flo
     first = 0
     for stage in sorted({line["stage"] for line in lines}):
         own = [line for line in lines if line["stage"] == stage]
-        points += [(first + line["step"], float(line[metric])) for line in own if isinstance(line.get(metric), (int, float))]
+        points += [(first + line["step"], float(line[metric])) for line in own if _is_number(line.get(metric))]
         first += max(line["step"] for line in own)
     return points
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -168,9 +168,9 @@ def _once(rows: Sequence[Row]) -> list[Row]:
     """Every measurement once: a study's build folders may be named beside it. Two rows of a study may share one."""
     in_studies = {_identity(row) for row in rows if row.study}
     kept: dict[tuple[object, ...], Row] = {}
-    for index, row in enumerate(rows):
+    for row in rows:
         if row.measurement is None:
-            kept[(index,)] = row
+            kept.setdefault((row.label, row.device, row.study, row.failure), row)
         elif row.study or _identity(row) not in in_studies:
             kept.setdefault((*_identity(row), row.label, row.study), row)
     return list(kept.values())

@@ -83,9 +83,7 @@ def _asset(name: str) -> str:
 
 def _page(title: str, body: str, data: str, scripts: Sequence[str]) -> str:
     # A browser ends a script at the first closing tag, and hashes what is left after turning line ends into \n.
-    safe = [
-        script.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--") for script in scripts
-    ]
+    safe = [_inline(script) for script in scripts]
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in safe)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     return "\n".join(

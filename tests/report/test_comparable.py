@@ -1,0 +1,78 @@
+"""Each way in which a row does not belong beside the others is a warning on it, and one that does belong has none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.report.made import FP32, INT8, judged, made_table, other_conditions, row, study, write_study
+from vitedge.report.comparable import conditions_of, grouped
+
+
+def warned(tmp_path: Path, second: Any, **changes: Any) -> tuple[str, ...]:
+    """Warnings of a row beside an fp32 baseline."""
+    rows = [row("untouched", [FP32]), row("dynamic", [second], **changes)]
+    return made_table(write_study(tmp_path, study(rows=rows))).rows[1].warnings
+
+
+def test_rows_of_one_run_have_none(tmp_path: Path):
+    table = made_table(write_study(tmp_path))
+    assert [r.warnings for r in table.rows] == [()] * 4
+    assert grouped(table.rows) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"conditions": other_conditions(cpu="Another processor")}, "another host"),
+        ({"conditions": other_conditions(cores=64)}, "64 cores"),
+        ({"conditions": other_conditions(date="2026-03-03T00:00:00+00:00")}, "another run"),
+        ({"conditions": other_conditions(threads=1)}, "other threads than the baseline's: 1, not 2"),
+        ({"conditions": other_conditions(commit="def+")}, "another commit than the baseline's: def+, not abc"),
+        ({"conditions": other_conditions(versions={"vitedge": "1", "openvino": "3"})}, "openvino 3, not None"),
+        ({"conditions": other_conditions(load_average=[1.5, 0, 0])}, "busy"),
+        ({"unstable": "the rounds' medians differ by 30 %"}, "unstable: the rounds' medians differ by 30 %"),
+        (
+            {"emulated": True, "conditions": other_conditions(mismatches=["arch: a, b"], environment={"ISA": "AVX2"})},
+            "arch: a, b; ISA=AVX2",
+        ),
+        ({"top1": None, "top1_interval": None, "answers": None, "top1_reason": "no data"}, "top-1 not measured: no data"),
+        ({"top1_images": "500 randomly chosen test images of made"}, "other images than the baseline's: 500 randomly"),
+    ],
+)
+def test_what_differs_is_said(tmp_path: Path, changes: dict[str, Any], words: str):
+    found = warned(tmp_path, replace(INT8, **changes))
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_images_of_one_name_and_other_content_are_told_apart(tmp_path: Path):
+    other = replace(judged("model.int8_dynamic.onnx", (150.0, 151.0, 149.0), 86, images="made again"), top1_images=FP32.top1_images)
+    (found,) = warned(tmp_path, other)
+    assert "another content" in found
+
+
+def test_a_budget_is_a_warning_on_every_figure_made_with_it(tmp_path: Path):
+    assert warned(tmp_path, INT8, budget="10 % of the steps") == ("made with less work than the full study: 10 % of the steps",)
+
+
+def test_a_warning_is_said_once_with_its_rows(tmp_path: Path):
+    table = made_table(write_study(tmp_path, study(budget="10 % of the steps")))
+    assert grouped(table.rows) == [("made with less work than the full study: 10 % of the steps", ["all rows"])]
+    shaky = replace(INT8, unstable="it shook")
+    table = made_table(write_study(tmp_path, study(rows=[row("untouched", [FP32]), row("dynamic", [shaky])])))
+    assert grouped(table.rows) == [("unstable: it shook", ["dynamic: model.int8_dynamic.onnx in onnxruntime int8, batch 1"])]
+
+
+def test_conditions_are_said_once_per_run(tmp_path: Path):
+    table = made_table(write_study(tmp_path))
+    (lines,) = conditions_of(table.rows)
+    text = "\n".join(lines)
+    for word in ("board", "A processor", "2 threads of 2", "3 rounds", "seed 0", "commit abc", "2026-01-01", "bootstrap"):
+        assert word in text
+    emulated = replace(INT8, emulated=True)
+    table = made_table(write_study(tmp_path, study(rows=[row("untouched", [FP32]), row("dynamic", [emulated])])))
+    assert ["EMULATED" in lines[0] for lines in conditions_of(table.rows)] == [False, True]

@@ -1,0 +1,131 @@
+"""Whatever holds measurements is read; what does not is one line, and the rest is read all the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import vitedge
+from tests.report.made import FP32, INT8, row, study, write_bench, write_study
+from vitedge.bench.records import Measurement, Skipped
+from vitedge.errors import InputError, UsageError
+from vitedge.report.reading import read
+
+
+def test_a_measurement_comes_back_from_json(tmp_path: Path):
+    table = read([write_bench(tmp_path / "out.json", [FP32, INT8])])
+    assert [r.measurement for r in table.rows] == [FP32, INT8]
+    assert [(r.label, r.recipe, r.device, r.study) for r in table.rows] == [("tiny", "tiny", "board", "")] * 2
+
+
+def test_a_measurement_of_before_answers_were_kept_is_read():
+    plain = FP32.to_plain()
+    for later in ("answers", "top1_reason"):
+        del plain[later]
+    plain["of_tomorrow"] = 1
+    found = Measurement.from_plain(plain)
+    assert (found.answers, found.top1_reason, found.images_per_s) == (None, "", 100.0)
+
+
+def test_results_that_came_with_an_older_version_are_read():
+    table = read([Path(vitedge.__file__).parent.parent / "results"])
+    labels = {r.label for r in table.rows}
+    assert {"deit_tiny_112_int8", "deit_tiny_int8"} <= labels
+    assert table.problems == ()
+    assert any("int8_accuracy" in line for line in table.left_out)
+
+
+def test_a_build_folder_knows_itself(tmp_path: Path):
+    build = tmp_path / "build" / "tiny"
+    write_bench(build / "report.json", [FP32])
+    (build / "manifest.json").write_text("{}")
+    for place in (build, build / "report.json", build.parent):
+        assert read([place]).builds == [build]
+
+
+def test_a_build_that_was_never_measured_says_what_to_run(tmp_path: Path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="vitedge bench"):
+        read([tmp_path])
+
+
+def test_a_studys_rows_have_labels_papers_and_reasons(tmp_path: Path):
+    write_study(tmp_path, study(budget="10 % of the steps"))
+    table = read([tmp_path])
+    assert table.title == "small"
+    assert [(r.label, r.measurement is None) for r in table.rows] == [
+        ("untouched", False),
+        ("untouched", False),
+        ("dynamic", False),
+        ("pruned", True),
+    ]
+    assert table.rows[3].failure == "expected a ratio below 1, found 1"
+    assert table.rows[2].paper == {"top1": 98.73, "cpu_it_s": 0.062, "size_mb": 84.0}
+    assert {r.budget for r in table.rows} == {"10 % of the steps"}
+    assert {r.baseline for r in table.rows} == {"untouched"}
+    assert table.builds == [tmp_path / "builds" / "untouched"]
+
+
+def test_a_row_without_measurement_or_reason_is_not_measured_yet(tmp_path: Path):
+    write_study(tmp_path, study(rows=[row("soon", [])]))
+    assert read([tmp_path]).rows[0].failure == "not measured yet"
+
+
+def test_a_benchs_failed_rows_are_rows_and_its_unavailable_ones_are_not(tmp_path: Path):
+    skipped = (Skipped("broken.onnx", "onnxruntime", "fp32", "it died", failed=True), Skipped("m", "openvino", "fp16", "no fp16 here"))
+    table = read([write_bench(tmp_path / "out.json", [FP32], skipped)])
+    assert [(r.label, r.failure) for r in table.rows] == [("tiny", ""), ("broken.onnx", "it died")]
+
+
+def test_a_file_named_twice_and_a_studys_own_build_are_read_once(tmp_path: Path):
+    results = write_study(tmp_path)
+    report = write_bench(tmp_path / "builds" / "untouched" / "report.json", [FP32])
+    assert len(read([results, results, report, tmp_path]).rows) == 4
+    assert len(read([report, results]).rows) == 4
+
+
+def test_a_folder_of_both_is_read_with_its_files(tmp_path: Path):
+    write_study(tmp_path / "studies" / "small")
+    write_bench(tmp_path / "studies" / "bench.json", [INT8])
+    (tmp_path / "studies" / "notes.json").write_text("[1]")
+    table = read([tmp_path / "studies"])
+    assert [r.study for r in table.rows] == ["small"] * 4
+    assert len(table.left_out) == 1 and "notes.json" in table.left_out[0]
+
+
+BAD = {
+    "half.json": '{"schema_version": 1, "measurements": [',
+    "other.json": '{"hello": 1}',
+    "new.json": '{"schema_version": 99, "measurements": []}',
+    "rows.json": '{"schema_version": 1, "study": "s", "rows": 3}',
+    "binary.json": "\x00",
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_a_bad_file_is_one_line_and_the_others_are_read(tmp_path: Path, name: str):
+    bad = tmp_path / name
+    bad.write_text(BAD[name])
+    good = write_bench(tmp_path / "good.json", [FP32])
+    table = read([bad, good])
+    assert len(table.rows) == 1
+    assert len(table.problems) == 1 and name in table.problems[0] and "\n" not in table.problems[0]
+    with pytest.raises(InputError, match=name):
+        read([bad])
+
+
+def test_a_bad_measurement_names_its_place(tmp_path: Path):
+    path = write_bench(tmp_path / "out.json", [FP32, INT8])
+    content = json.loads(path.read_text())
+    content["measurements"][0]["images_per_s"] = "fast"
+    path.write_text(json.dumps(content))
+    table = read([path])
+    assert [r.measurement for r in table.rows] == [INT8]
+    assert "measurements.0.images_per_s" in table.problems[0]
+
+
+def test_nothing_to_read_says_what_to_run(tmp_path: Path):
+    with pytest.raises(UsageError, match="vitedge bench"):
+        read([tmp_path])
