@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -121,7 +121,7 @@ class _Worker:
             if self._take_one(states, measuring):
                 self.told_of_waiting = False
                 continue
-            under_way = [key for key in self._all_keys(measuring) if key in states and states[key].name == "running"]
+            under_way = [key for key in (*self.names, *(key for _, key in measuring)) if key in states and states[key].name == "running"]
             if not under_way:
                 return
             if not self.told_of_waiting:
@@ -146,26 +146,25 @@ class _Worker:
         done = [task for task in self.plan.rows_of(device.name) if states[task.key].name == "done"]
         return [built for built in (find_built(self.plan, task, device) for task in done) if built.artifacts]
 
-    def _all_keys(self, measuring: Iterable[tuple[tuple[str, Device], str]]) -> list[str]:
-        return [*self.names, *(key for _, key in measuring)]
-
     def _take_one(self, states: Mapping[str, State], measuring: list[tuple[tuple[str, Device], str]]) -> bool:
-        """Claim and run the first task that can be run; False where there is none."""
+        """Claim and run the first task that can be run, or see that another worker just took it; False where there is none."""
         ready = [task for task in self.plan.tasks if self._is_ready(task, states)]
-        # What killed a process comes last, so that it cannot keep the others from being done.
-        for task in sorted(ready, key=lambda task: states[task.key].lost):
+        if ready:
+            # What killed a process comes last, so that it cannot keep the others from being done.
+            task = min(ready, key=lambda task: states[task.key].lost)
             claim = self.queue.claim(states[task.key])
             if claim is not None:
                 self._run(claim, task.key, task.name, states, partial(self._build, task, states))
-                return True
+            return True
         for (asked, device), key in measuring:
-            claim = self.queue.claim(states[key]) if states[key].name == "waiting" else None
+            if states[key].name != "waiting":
+                continue
+            claim = self.queue.claim(states[key])
             if claim is not None:
                 built = self._built(device, states)
-                name = f"measuring {len(built)} rows on {device.name}"
                 job = partial(measure_device, self.plan, asked, device, built, self.data, self.say)
-                self._run(claim, key, name, states, job)
-                return True
+                self._run(claim, key, f"measuring {len(built)} rows on {device.name}", states, job)
+            return True
         return False
 
     def _is_ready(self, task: Task, states: Mapping[str, State]) -> bool:
