@@ -104,7 +104,7 @@ def search(request: SearchRequest, say: Callable[[str], None], tell: Callable[[N
 
 
 def _open_study(storage: optuna.storages.RDBStorage, definition: Definition, identity: str) -> optuna.Study:
-    """Optuna's study of this search; the first one to open it puts in what is to be tried first.
+    """Optuna's study of this search, made where there is none.
 
     Raises:
         UsageError: The storage has a search of this name that is another one.
