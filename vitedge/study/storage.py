@@ -90,7 +90,8 @@ def close_storage(storage: optuna.storages.RDBStorage) -> None:
 
 
 def sign(trial: optuna.Trial) -> None:
-    """Write into a running trial which process it is that runs it."""
+    """Write into a running trial which process it is that runs it, and a first sign of life; `heartbeat` gives the further ones."""
+    trial.storage.record_heartbeat(trial._trial_id)  # before the signature: one without the other is never found stale
     trial.set_user_attr(WORKER, signature())
 
 
