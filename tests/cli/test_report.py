@@ -38,7 +38,8 @@ def test_the_ending_chooses_the_format_and_the_option_wins(capsys: pytest.Captur
     captured = capsys.readouterr()
     assert captured.out == "" and "wrote a.md" in captured.err
     assert Path("a.csv").read_text() == Path("b.txt").read_text() == Path("a.CSV").read_text()
-    assert len(list(csv.DictReader(Path("a.csv").open(encoding="utf-8", newline="")))) == 4
+    with Path("a.csv").open(encoding="utf-8", newline="") as lines:
+        assert len(list(csv.DictReader(lines))) == 4
     assert json.loads(Path("a.json").read_text())["schema_version"] == 1
     assert Path("a.md").read_text().startswith("# small\n")
     assert "Methods: small" in Path("a.txt").read_text()

@@ -1,4 +1,4 @@
-"""The page in a real browser: no request leaves it, it sorts and filters by mouse and keyboard, its plots have points, phones can read it."""
+"""The page in a real browser: no request leaves it, it sorts and filters by mouse and by keyboard, its plots have points, phones fit."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Measurements for people and programs: the terminal table, and JSON."""
+"""Measurements for people and programs: the table of a bench and its JSON, and reports of any measurements in any format."""

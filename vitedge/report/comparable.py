@@ -14,6 +14,9 @@ from vitedge.bench.compare import HOST
 from vitedge.bench.records import Measurement
 from vitedge.report.records import Row, Table
 
+# Beginnings of reasons in `vitedge.bench.compare` that have a warning of their own here.
+SAID = ("another host", "another run", "other images", "top-1 of")
+
 
 def with_warnings(table: Table) -> Table:
     """The table with every row's warnings; its comparisons must be there already."""
@@ -55,10 +58,18 @@ def _warn(row: Row, reference: Measurement | None) -> list[str]:
         found.append(f"top-1 not measured: {own.top1_reason}")
     if own is not reference:
         found += _differences(own, reference)
+    found += _not_compared(row)
     load, cores = own.conditions.get("load_average"), own.conditions.get("cores")
     if load and cores and load[0] > cores / 2:
         found.append(f"the host was busy before it was timed (load {load[0]:.2f} on {cores} cores)")
     return found
+
+
+def _not_compared(row: Row) -> list[str]:
+    """Why a ratio or a change is missing, where no other warning says so."""
+    sides = [side for side in (row.against_baseline, row.against_untouched, row.against_continued) if side is not None]
+    reasons = dict.fromkeys(said.reason for side in sides for said in (side.speed, side.flips) if said.reason)
+    return [f"not compared: {reason}" for reason in reasons if not reason.startswith(SAID)]
 
 
 def _emulated(conditions: dict[str, Any]) -> str:

@@ -37,7 +37,8 @@ def read_curves(builds: Sequence[Path], metric: str) -> tuple[list[Curve], list[
         builds: Build folders; those without a training have no curve.
         metric: `loss`, `validation_top1` ...
     """
-    curves, problems = [], []
+    curves: list[Curve] = []
+    problems: list[str] = []
     for build in builds:
         path = build / METRICS
         if not path.is_file():

@@ -107,9 +107,10 @@ def _pareto(name: str, title: str, x_title: str, rows: Sequence[Row], x_of: Any,
             "hoverinfo": "skip",
         }
     ]
-    for place, label in enumerate(dict.fromkeys(row.label for row in known)):
-        own = [i for i, row in enumerate(known) if row.label == label]
-        traces.append(_markers(label, place, [known[i] for i in own], [points[i] for i in own]))
+    groups = _groups(known)
+    for place, group in enumerate(dict.fromkeys(groups)):
+        own = [i for i, name in enumerate(groups) if name == group]
+        traces.append(_markers(group, place, [known[i] for i in own], [points[i] for i in own]))
     left = len(rows) - len(known)
     note = "Points of the dotted front are beaten by none in both; bars are 95 % intervals."
     note += f" {left} {'row has' if left == 1 else 'rows have'} no top-1 and no point." if left else ""
@@ -117,13 +118,20 @@ def _pareto(name: str, title: str, x_title: str, rows: Sequence[Row], x_of: Any,
     return [Figure(name, title, note, traces, layout)]
 
 
-def _markers(label: str, place: int, rows: Sequence[Row], points: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """One method's points, each with its interval and, on hover, what it was measured under."""
-    bounds = [(m.top1_interval or (y, y)) if (m := row.measurement) else (y, y) for row, (_, y) in zip(rows, points, strict=True)]
+def _groups(rows: Sequence[Row]) -> list[str]:
+    """What has a marker of its own: a method, or where there is but one, each file, runtime and precision."""
+    if len({row.label for row in rows}) > 1:
+        return [row.label for row in rows]
+    return [row.name.removeprefix(f"{row.label}: ") for row in rows]
+
+
+def _markers(group: str, place: int, rows: Sequence[Row], points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """One group's points, each with its interval and, on hover, what it was measured under."""
+    bounds = [_bounds(row, y) for row, (_, y) in zip(rows, points, strict=True)]
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": html.escape(label, quote=False),
+        "name": html.escape(group, quote=False),
         "x": [x for x, _ in points],
         "y": [y for _, y in points],
         "error_y": {
@@ -138,6 +146,11 @@ def _markers(label: str, place: int, rows: Sequence[Row], points: Sequence[tuple
         "hoverinfo": "text",
         "hovertext": [_hover(row) for row in rows],
     }
+
+
+def _bounds(row: Row, y: float) -> tuple[float, float]:
+    interval = row.measurement.top1_interval if row.measurement else None
+    return interval or (y, y)
 
 
 def _hover(row: Row) -> str:

@@ -195,7 +195,8 @@ _MEASUREMENT_HEADS = (
 
 
 def _measurements_grid(table: Table) -> Grid:
-    lines, tags = [], []
+    lines: list[tuple[Shown, ...]] = []
+    tags: list[dict[str, str]] = []
     for row in table.rows:
         m = row.measurement
         if m is None:
@@ -246,7 +247,8 @@ _FLIP_HEADS = (
 
 
 def _flips_grid(table: Table) -> Grid:
-    lines, seen = [], set()
+    lines: list[tuple[Shown, ...]] = []
+    seen: set[tuple[str, str, str]] = set()
     for row in table.measured:
         m, said = row.measurement, row.against_baseline.flips if row.against_baseline else None
         if m is None or said is None or said.change is None:

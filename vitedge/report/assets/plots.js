@@ -17,10 +17,16 @@
     return Object.assign({ automargin: true, gridcolor: colours.line, zerolinecolor: colours.line, linecolor: colours.line }, own);
   }
 
-  function layout(figure, colours) {
+  // On a phone the legend has a line for each name, which would leave the plot none.
+  function height(figure, place) {
+    const legend = figure.layout.showlegend !== false && place.clientWidth < 600;
+    return figure.height + (legend ? 20 * figure.traces.length : 0);
+  }
+
+  function layout(figure, colours, place) {
     const own = figure.layout;
     return Object.assign({}, own, {
-      height: figure.height,
+      height: height(figure, place),
       margin: { l: 52, r: 12, t: 12, b: 48 },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
@@ -43,7 +49,8 @@
   function draw(colours) {
     return Promise.all(figures.map(function (figure) {
       const place = document.getElementById(figure.name);
-      return window.Plotly.react(place, traces(figure, colours), layout(figure, colours), CONFIG);
+      place.style.height = height(figure, place) + "px";
+      return window.Plotly.react(place, traces(figure, colours), layout(figure, colours, place), CONFIG);
     }));
   }
 

@@ -35,7 +35,8 @@ def render(table: Table, width: int) -> str:
 
 def _draw(grid: Grid) -> str:
     """One table; where a column has figures of the paper, they follow it."""
-    heads, marks = [], []
+    heads: list[str] = []
+    marks: list[str] = []
     papers = [any(line[index].paper for line in grid.lines) for index in range(len(grid.heads))]
     for head, has_paper in zip(grid.heads, papers, strict=True):
         mark = "---:" if head.numeric else "---"
@@ -43,7 +44,7 @@ def _draw(grid: Grid) -> str:
         marks += [mark, mark] if has_paper else [mark]
     lines = [_line([_text(head) for head in heads]), _line(marks)]
     for cells in grid.lines:
-        written = []
+        written: list[str] = []
         for shown, has_paper in zip(cells, papers, strict=True):
             written += [_cell(shown), _text(shown.paper or "-")] if has_paper else [_cell(shown)]
         lines.append(_line(written))
