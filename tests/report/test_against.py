@@ -77,6 +77,16 @@ def test_where_the_reference_is_missing_it_is_said_and_not_replaced(tmp_path: Pa
     assert reason in dynamic.speed.reason
 
 
+def test_a_recipe_measured_twice_is_compared_inside_each_run(tmp_path: Path):
+    later = other_conditions(date="2026-03-03T00:00:00+00:00")
+    again = [replace(FP32, conditions=later, images_per_s=500.0), replace(INT8, conditions=later)]
+    write_bench(tmp_path / "runs" / "a.json", [FP32, INT8])
+    write_bench(tmp_path / "runs" / "b.json", again)
+    table = made_table(tmp_path / "runs")
+    assert [r.against_baseline.speed.relation for r in table.rows if r.against_baseline] == ["baseline", "faster"] * 2
+    assert [bool(r.warnings) for r in table.rows] == [False, False, True, True]  # of another run than the first
+
+
 def test_untouched_and_continued_are_references_of_their_own(tmp_path: Path):
     rows = [
         row("untouched", [FP32]),

@@ -37,7 +37,7 @@ from vitedge.evaluate import discordant, mcnemar_of, paired_interval, top1_agree
 
 DRAWS = 4000  # of rounds; the expanded quantiles of five rounds leave four draws beyond each end
 INNER_DRAWS = 200  # of the inferences of one round, from which every draw of that round takes one
-_HOST = ("cpu", "arch", "cores", "memory_mib", "os")
+HOST = ("cpu", "arch", "cores", "memory_mib", "os")
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ class Flips:
 def run_of(conditions: dict[str, Any]) -> tuple[Any, ...]:
     """Equal for measurements of one run, whose rounds were interleaved."""
     load = conditions.get("load_average")
-    parts = (*(conditions.get(name) for name in (*_HOST, "device", "date", "rounds", "seed")), tuple(load) if load else None)
+    parts = (*(conditions.get(name) for name in (*HOST, "device", "date", "rounds", "seed")), tuple(load) if load else None)
     return parts
 
 
 def why_not_comparable(one: Measurement, other: Measurement) -> str:
     """Why the ratio of two rows' speeds would mean nothing; empty where it means something."""
     here, there = one.conditions, other.conditions
-    if any(here.get(name) != there.get(name) for name in _HOST):
+    if any(here.get(name) != there.get(name) for name in HOST):
         return f"another host: {_host(here)}, not {_host(there)}"
     if here.get("device") != there.get("device"):
         return f"another device: {here.get('device')}, not {there.get('device')}"

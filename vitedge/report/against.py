@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vitedge.bench.compare import Comparison, Flips, compare_answers, compare_speed
+from vitedge.bench.compare import Comparison, Flips, compare_answers, compare_speed, why_not_comparable
 from vitedge.bench.records import Measurement
 from vitedge.errors import UsageError, closest
 from vitedge.report.records import Against, Row, Table
@@ -82,6 +82,8 @@ def _against(row: Row, name: str, measured: Sequence[Row]) -> Against:
         )
     plain = _fp32_of(here, own)
     same_batch = [m for m in here if m.batch_size == own.batch_size]
+    # A recipe that was measured twice has a reference in each run; only that of its own run can be compared.
+    same_batch = [m for m in same_batch if not why_not_comparable(own, m)] or same_batch
     if any(m is own for m in here) and (name == row.name or _is_fastest(own, same_batch)):
         speed = Comparison("baseline", 1.0, 1.0, 1.0, name)
     elif not same_batch:
