@@ -56,9 +56,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(str(path), expected="valid YAML", found=str(error), fix="mend the file") from error
     if not isinstance(content, dict):
-        raise UsageError(
-            str(path), expected="a mapping of keys to values", found=type(content).__name__, fix="see `vitedge recipes schema`"
-        )
+        raise UsageError(str(path), expected="a mapping of keys to values", found=type(content).__name__, fix="write lines of `key: value`")
     return content
 
 
@@ -80,19 +78,20 @@ def validate(kind: type[S], content: Any, where: str, prefix: str = "") -> S:
 
 def _explain(kind: type[Section], error: Any, where: str) -> UsageError:
     steps = [part for part in error["loc"] if part != "[key]"]
-    path = ".".join(str(part) for part in steps)
+    # A whole section may be wrong, whose path ends with its prefix.
+    place = f"{where}{'.'.join(str(part) for part in steps)}".rstrip(": .")
     if error["type"] == "extra_forbidden":
         known = _known_keys(kind, steps[:-1])
         return UsageError(
-            f"{where}{path}",
+            place,
             expected=f"one of the keys {', '.join(known)}" if known else "a known key",
             found=f"unknown key '{steps[-1]}'{closest(str(steps[-1]), known)}",
             fix="rename or remove it",
         )
     if error["type"] == "missing":
-        return UsageError(f"{where}{path}", expected="a value", found="nothing", fix="add the key")
+        return UsageError(place, expected="a value", found="nothing", fix="add the key")
     expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return UsageError(f"{where}{path}", expected=expected, found=repr(error["input"])[:80], fix="change the value")
+    return UsageError(place, expected=expected, found=repr(error["input"])[:80], fix="change the value")
 
 
 def _known_keys(kind: Any, steps: list[Any]) -> list[str]:
@@ -110,8 +109,17 @@ def _known_keys(kind: Any, steps: list[Any]) -> list[str]:
     return []
 
 
+# Folder to what one of its files is called, and the command that lists them.
+_SHIPPED = {
+    "recipes": ("recipe", "vitedge recipes list"),
+    "devices": ("device", "vitedge devices list"),
+    "studies": ("study", "vitedge study --list"),
+    "searches": ("search", "vitedge search --list"),
+}
+
+
 def search_path(folder: str) -> list[Path]:
-    """Where files of `folder` (recipes, devices) are looked for: the checkout's root, then the wheel's copy."""
+    """Where files of `folder` (recipes, devices, studies, searches) are looked for: the checkout's root, then the wheel's copy."""
     package = Path(str(files("vitedge")))
     return [path for path in (package.parent / folder, package / "_shipped" / folder) if path.is_dir()]
 
@@ -131,17 +139,18 @@ def resolve_file(folder: str, name_or_path: str) -> Path:
     Raises:
         UsageError: No such file or name; names the closest.
     """
+    kind, listing = _SHIPPED[folder]
     if os.sep in name_or_path or name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
         if path.is_file():
             return path
-        raise UsageError(name_or_path, expected="a file", found="no such file", fix=f"see `vitedge {folder} list`")
+        raise UsageError(name_or_path, expected="a file", found="no such file", fix=f"see `{listing}`")
     known = list_files(folder)
     if name_or_path in known:
         return known[name_or_path]
     raise UsageError(
-        f"{folder.rstrip('s')} '{name_or_path}'",
+        f"{kind} '{name_or_path}'",
         expected=f"a path, or one of {', '.join(known) or '(none)'}",
         found=f"'{name_or_path}'{closest(name_or_path, list(known))}",
-        fix=f"see `vitedge {folder} list`",
+        fix=f"see `{listing}`",
     )

@@ -193,8 +193,9 @@ def test_killed_often_it_ends_as_if_it_had_not_been(finished: tuple[Path, Path, 
 def test_told_to_end_it_hands_its_row_back(tmp_path: Path, colours: Path) -> None:
     study = write_study(tmp_path, colours, steps=100_000)
     worker = start(study, tmp_path / "out")
+    state = tmp_path / "out" / "builds" / "trained" / ".work" / "step0" / "train.state.pt"
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "out").rglob("train.state.pt")) and worker.poll() is None and time.monotonic() < deadline:
+    while not state.exists() and worker.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     worker.send_signal(signal.SIGTERM)
     _, err = worker.communicate(timeout=60)

@@ -97,6 +97,11 @@ def test_floats_are_drawn_to_six_digits() -> None:
     assert space.read({"steps.train.lr": 0.7000000000000001}) == {"steps.train.lr": 0.7}
 
 
+def test_exponents_that_yaml_reads_as_text_are_numbers() -> None:
+    space = space_of({"steps.train.lr": yaml.safe_load("{float: [1e-5, 1e-3, log]}")})
+    assert space.dimensions["steps.train.lr"].float == (1e-5, 1e-3, "log")
+
+
 def test_combinations_are_counted_without_those_that_a_switch_takes_out() -> None:
     finite = {path: one for path, one in SPACE.items() if path != "steps.train.lr"}
     assert space_of(finite).count() == (3 + 1) * 4 * 3

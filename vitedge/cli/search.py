@@ -73,9 +73,11 @@ def command(
         else:
             show_forecast(plain)
         return 0
+    from vitedge.cli.study import ending_on_sigterm
     from vitedge.study.search import search
 
-    outcome = search(request, say, tell, progress_bars)
+    with ending_on_sigterm():
+        outcome = search(request, say, tell, progress_bars)
     if as_json:
         emit_json(outcome.plain)
     else:

@@ -169,7 +169,7 @@ def _run(plan: Plan, storage: str | None, retry_failed: bool, as_json: bool) -> 
     from vitedge.study.results import RESULTS
     from vitedge.study.run import run_study
 
-    with _ending_on_sigterm():
+    with ending_on_sigterm():
         content, failed = run_study(plan, storage, say, progress_bars, retry_failed)
     path = plan.folder / RESULTS
     if as_json:
@@ -195,8 +195,8 @@ def _show_table(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C: the row at hand is handed back instead of being found lost by the next worker."""
+def ending_on_sigterm() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C: the row or trial at hand is handed back instead of being found lost by the next worker."""
 
     def end(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt

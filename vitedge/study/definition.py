@@ -17,7 +17,7 @@ from pydantic import Field
 
 from vitedge.errors import FileProblems, UsageError, closest
 from vitedge.recipe import Recipe, load_recipe, recipe_from_plain
-from vitedge.schema import Section, list_files, load_yaml, resolve_file, validate
+from vitedge.schema import Section, load_yaml, resolve_file, validate
 from vitedge.study.overrides import apply_overrides
 from vitedge.study.space import Dimension, Space, contains, probes
 
@@ -111,7 +111,7 @@ def load_search(name_or_path: str) -> Definition:
         UsageError: Not found, not YAML, or conditions that cannot be.
         FileProblems: Every problem of the file, a line each.
     """
-    path = _find(name_or_path)
+    path = resolve_file(FOLDER, name_or_path)
     where = str(path)
     search = _read(path)
     baseline = apply_overrides(load_recipe(search.recipe), search.overrides)
@@ -154,20 +154,6 @@ def _read(path: Path) -> Search:
     if problems:
         raise FileProblems(str(path), problems)
     return search
-
-
-def _find(name_or_path: str) -> Path:
-    """A path, or a shipped search by name."""
-    try:
-        return resolve_file(FOLDER, name_or_path)
-    except UsageError as error:
-        known = list(list_files(FOLDER))
-        raise UsageError(
-            f"search '{name_or_path}'",
-            expected=f"a file, or one of {', '.join(known) or '(none)'}",
-            found=f"neither{closest(name_or_path, known)}",
-            fix="see `vitedge search --list`",
-        ) from error
 
 
 def _bad_paths(definition: Definition) -> list[UsageError]:

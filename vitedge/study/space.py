@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vitedge.errors import UsageError, closest
 from vitedge.recipe import Recipe
@@ -50,6 +50,12 @@ class Dimension(Section):
         default_factory=dict, description="path to value: only where those settings have these values; a list of values is any of them"
     )
 
+    @field_validator("float", mode="before")
+    @classmethod
+    def _exponents_are_numbers(cls, bounds: Any) -> Any:
+        # YAML reads 1e-5 as text, which a recipe takes for the number too.
+        return [_number(bound) for bound in bounds] if isinstance(bounds, list) else bounds
+
     @model_validator(mode="after")
     def _one_kind(self) -> Dimension:
         if sum(getattr(self, kind) is not None for kind in KINDS) != 1:
@@ -61,6 +67,14 @@ class Dimension(Section):
         elif self.float is not None:
             _check_numbers(self.float, whole=False)
         return self
+
+
+def _number(bound: Any) -> Any:
+    """Text that is a number as that number; anything else as it is."""
+    try:
+        return float(bound) if isinstance(bound, str) else bound
+    except ValueError:
+        return bound
 
 
 def _check_choices(choices: tuple[Any, ...]) -> None:

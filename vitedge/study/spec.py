@@ -90,10 +90,7 @@ def load_study(name_or_path: str) -> StudySpec:
         UsageError: Not found or not YAML.
         FileProblems: Every problem of the file, a line each.
     """
-    try:
-        path = resolve_file("studies", name_or_path)
-    except UsageError as error:
-        raise UsageError(f"study '{name_or_path}'", expected=error.expected, found=error.found, fix="see `vitedge study --list`") from error
+    path = resolve_file("studies", name_or_path)
     spec = validate(StudySpec, {"name": path.stem, **load_yaml(path)}, str(path))
     problems = _wrong_references(spec, str(path))
     if problems:

@@ -158,13 +158,18 @@ def hand_back(study: optuna.Study, number: int) -> None:
 @contextlib.contextmanager
 def heartbeat(storage: optuna.storages.RDBStorage, trial_id: int) -> Iterator[None]:
     """Say once a minute that a trial is worked on, for workers on other machines; for trials that `Study.optimize` does not run."""
+    import optuna
+
     stopped = threading.Event()
 
     def beat() -> None:
         try:
-            storage.record_heartbeat(trial_id)
-            while not stopped.wait(HEARTBEAT_S):
-                storage.record_heartbeat(trial_id)
+            while True:
+                # A database that was busy or away is told at the next beat; its absence must not end the work.
+                with contextlib.suppress(optuna.exceptions.StorageInternalError):
+                    storage.record_heartbeat(trial_id)
+                if stopped.wait(HEARTBEAT_S):
+                    return
         finally:
             storage.remove_session()
 
