@@ -191,7 +191,7 @@ def _optuna() -> Any:
     from importlib.util import find_spec
 
     if find_spec("optuna") is None:
-        raise extra_missing("vitedge study", "search")
+        raise extra_missing("vitedge study and vitedge search", "search")
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
