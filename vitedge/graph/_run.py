@@ -12,6 +12,9 @@ from vitedge import plugins
 from vitedge.errors import GateError
 from vitedge.graph import PassResult
 
+DISCRETE_TOLERANCE = 0.1  # of the largest output, where the last bit of a float can become a whole step or another token
+_CHOOSING = frozenset(("TopK", "ArgMax", "ArgMin"))
+
 
 def run_passes(
     model: onnx.ModelProto, names: Sequence[str], example_feeds: dict[str, np.ndarray], tolerance: float | None = None
@@ -23,7 +26,7 @@ def run_passes(
         names: Files of `vitedge/graph/`, without `.py`.
         example_feeds: Input name to a batch; of one image where `fix_batch` is among the passes.
         tolerance: In place of the passes' own, for a model that rounds its activations: there the last bit of a float
-            may become a whole step.
+            may become a whole step. None: `DISCRETE_TOLERANCE` for a graph that `chooses`, where it may become another token.
 
     Returns:
         One result per pass, `max_abs_err` of the outputs in its notes.
@@ -34,6 +37,8 @@ def run_passes(
             `TOLERANCE` (or `tolerance`) times the largest output (at least 1); names the pass and those before it.
     """
     passes = [plugins.load("graph", name) for name in names]
+    if tolerance is None and chooses(model):
+        tolerance = DISCRETE_TOLERANCE
     results: list[PassResult] = []
     before = run_model(model, example_feeds) if passes else []
     for position, (name, module) in enumerate(zip(names, passes, strict=True)):
@@ -49,6 +54,11 @@ def run_passes(
         results.append(replace(result, notes={**result.notes, "max_abs_err": error_now}))
         before = after
     return results
+
+
+def chooses(model: onnx.ModelProto) -> bool:
+    """Whether a graph picks positions by their values, as models do that choose tokens image by image."""
+    return any(node.op_type in _CHOOSING for node in model.graph.node)
 
 
 def run_model(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
