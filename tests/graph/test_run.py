@@ -92,3 +92,9 @@ def test_a_graph_that_chooses_may_choose_otherwise(far: float, fails: bool, monk
         assert result.notes["max_abs_err"] == 0.5
         with pytest.raises(GateError):
             run_passes(graph(nodes, constants, [1, 4], [1, 1]), ["moving"], feeds, 1e-5)
+
+
+def test_a_threshold_is_no_choice() -> None:
+    """The values of TopK move as little as what they are values of; Scatterbrain goes by no more."""
+    top = helper.make_node("TopK", ["x", "two"], ["y", "where"], axis=1)
+    assert not chooses(graph([top], {"two": np.array([2], np.int64)}, [1, 4], [1, 2]))

@@ -13,7 +13,8 @@ from vitedge.errors import GateError
 from vitedge.graph import PassResult
 
 DISCRETE_TOLERANCE = 0.1  # of the largest output, where the last bit of a float can become a whole step or another token
-_CHOOSING = frozenset(("TopK", "ArgMax", "ArgMin"))
+# Operators that give positions, and as which output.
+_POSITIONS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0}
 
 
 def run_passes(
@@ -57,8 +58,10 @@ def run_passes(
 
 
 def chooses(model: onnx.ModelProto) -> bool:
-    """Whether a graph picks positions by their values, as models do that choose tokens image by image."""
-    return any(node.op_type in _CHOOSING for node in model.graph.node)
+    """Whether a graph picks positions by their values and goes by them, as models do that choose tokens image by image."""
+    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    chosen = [(node.output, _POSITIONS[node.op_type]) for node in model.graph.node if node.op_type in _POSITIONS]
+    return any(len(outputs) > position and outputs[position] in read for outputs, position in chosen)
 
 
 def run_model(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
