@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from torch import nn
 
@@ -16,6 +17,7 @@ from tests.compress.reducing import CONTRACT, OPTIONS, SIZE, arch, context, imag
 from vitedge import plugins
 from vitedge.errors import GateError
 from vitedge.export import DISCRETE_IMAGES, ExportJob, check, export_checkpoint
+from vitedge.graph._run import chooses
 from vitedge.model_file import open_artifact
 from vitedge.models.build import CheckpointMeta, save_checkpoint
 from vitedge.recipe import ExportConfig
@@ -87,5 +89,6 @@ def test_the_files_of_a_model_that_merges_tokens_are_checked_in_both_runtimes(tm
     assert asked == [DISCRETE_IMAGES] and [file.name for file in files] == ["model.fp32.onnx", "model.fp32.batch1.onnx"]
     for file in files:
         assert file.path.is_file() and file.notes["parity"]["top1_agreement"] >= 99 and file.notes["parity"]["images"] == 48
+        assert chooses(onnx.load(file.path))  # what quantizers tell such a file by
         installed = plugins.load("runtimes", "openvino").available().version is not None
         assert ("parity_openvino" in file.notes) == installed

@@ -25,7 +25,7 @@ from vitedge import plugins
 from vitedge.artifact import Artifact, hash_files, writing
 from vitedge.errors import GateError, VitedgeError
 from vitedge.evaluate import parity
-from vitedge.graph._run import run_passes
+from vitedge.graph._run import DISCRETE_TOLERANCE, run_passes
 from vitedge.host import tool_versions
 from vitedge.model_file import write_contract
 from vitedge.models.build import load_checkpoint
@@ -44,7 +44,6 @@ QUANTIZED_OPSET = 21  # the first with 4-bit integers and with scales per block
 # so its files are held to their answers.
 DISCRETE_IMAGES = 512
 DISCRETE_AGREEMENT = 99.0  # percent
-DISCRETE_TOLERANCE = 0.1  # of the largest output, for a graph pass
 
 
 @dataclass(frozen=True)

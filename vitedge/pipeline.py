@@ -31,7 +31,7 @@ from vitedge.progress import Progress, silent
 from vitedge.quantize import Job
 from vitedge.quantize._ranges import StoredRanges, in_place_of_images
 from vitedge.recipe import GuardConfig, Recipe, Scheme
-from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds, trained_scheme
+from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds, times_models, trained_scheme
 from vitedge.train.watch import CURVES, METRICS, TENSORBOARD
 
 # Raised when a stage's output changes though its inputs do not.
@@ -195,6 +195,8 @@ class Pipeline:
         builds = self.root.parent
         inputs["files"] = [hash_files(plugins.load("compress", n).files(c, builds)) for n, c in self.recipe.steps if n != "train"]
         inputs |= {"weights": self.weights.digest(), "version": STAGE_VERSIONS["checkpoint"], "tools": tool_versions(["torch", "timm"])}
+        if times_models(self.recipe):
+            inputs["device"] = self.device.to_plain()
         if self.recipe.steps or self.weights.kind != "builtin":
             inputs["data"] = self._data_digest
         return inputs
@@ -265,8 +267,24 @@ class Pipeline:
         torch_device = "cuda" if torch.cuda.is_available() else "cpu"
         # The steps are part of the key of each step's own state, as far as it goes.
         key = digest_of({name: value for name, value in plan.inputs.items() if name != "steps"})
+        stopwatch = None
+        if times_models(self.recipe):
+            from vitedge.latency import time_model
+
+            size, opset = self.recipe.contract().size, self.recipe.export.opset
+            stopwatch = partial(time_model, size=size, opset=opset, device=self.device, bar=bar)
         job = CheckpointJob(
-            self.recipe, self.weights, self.dataset, self._data_digest, path, self.root / WORK, key, torch_device, bar, self.tensorboard
+            self.recipe,
+            self.weights,
+            self.dataset,
+            self._data_digest,
+            path,
+            self.root / WORK,
+            key,
+            torch_device,
+            bar,
+            self.tensorboard,
+            stopwatch,
         )
         notes = make_checkpoint(job)
         if not launch.is_main():

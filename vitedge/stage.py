@@ -83,6 +83,12 @@ def trained_scheme(recipe: Recipe) -> str | None:
     return schemes[-1] if schemes else None
 
 
+def times_models(recipe: Recipe) -> bool:
+    """Whether what a technique of the recipe's `steps:` does depends on how fast models run on the device."""
+    techniques = [(plugins.load("compress", name), config) for name, config in recipe.steps if name != "train"]
+    return any(technique.times(config) for technique, config in techniques if hasattr(technique, "times"))
+
+
 def artifact_name(scheme_name: str) -> str:
     """File name of a scheme: `openvino.int8_static` is a folder of that name, ONNX Runtime's are `model.<scheme>.onnx`."""
     library, _, scheme = scheme_name.partition(".")

@@ -144,6 +144,22 @@ def test_it_is_the_least_cut_for_any_cost() -> None:
         select(scores, latency_ms, 1.0, Rule(multiple=1), "prune.target")
 
 
+@given(seed=st.integers(0, 99), share=st.floats(0.2, 0.8), multiple=st.sampled_from([1, 8]))
+@settings(max_examples=50, deadline=None)
+def test_a_cost_that_trembles_is_asked_seven_times_at_most_and_kept(seed: int, share: float, multiple: int) -> None:
+    scores = mlp(*(np.random.default_rng(i).random(128).tolist() for i in range(3)))
+    asked: list[float] = []
+
+    def latency_ms(widths: Widths) -> float:
+        asked.append(units(widths) * float(np.random.default_rng((seed, *left(widths))).uniform(0.9, 1.1)))
+        return asked[-1]
+
+    found = select(scores, latency_ms, share * 384, Rule(multiple=multiple), resolution=1 / 32)
+    assert found.cost in asked and found.cost <= share * 384 and len(asked) <= 7
+    # What is left is as much as the limit, but for the trembling, 1/32 of the units, and rounding in three places.
+    assert units(found.widths) >= share * 384 / 1.1 - 384 / 32 - 3 * multiple
+
+
 def test_a_trial_has_the_widths_and_leaves_the_model_alone() -> None:
     model = vit()
     places = find_places(model, ["heads", "key_dims", "mlp", "qkv_input"])

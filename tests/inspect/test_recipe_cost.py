@@ -98,6 +98,13 @@ def test_a_teacher_that_is_not_there_is_said_and_the_rest_goes_on(tmp_path: Path
     assert second.outcome == "done" and found.error is None
 
 
+def test_a_cut_to_a_time_is_left_out() -> None:
+    found = estimate(recipe([{"prune": {"target": {"latency_ms": 3}}}, "smooth", TRAIN]))
+    assert [(step.name, step.outcome) for step in found.steps] == [("prune", "left out"), ("smooth", "done"), ("train", "not trained")]
+    assert found.steps[0].says == ("how much it takes away comes of timing models on the device, when the recipe is built",)
+    assert found.error is None
+
+
 def test_a_technique_that_refuses_ends_it_with_its_error() -> None:
     model = {"arch": "resnet18", "img_size": 16, "stem": "small", "options": made.RESNET, "weights": "none"}
     found = estimate(recipe(["smooth", TRAIN], model=model))

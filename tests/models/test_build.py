@@ -118,6 +118,9 @@ def test_weights_are_found_by_word_file_and_folder(tmp_path: Path, donor: Path, 
     assert locate("pretrained", ARCH).path == donor
     assert locate("none", ARCH, option=str(donor.parent)).path == donor
     assert locate("none", ARCH, option="pretrained").path == donor
+    assert locate("none", ARCH, option=donor.name).path == donor
+    with pytest.raises(UsageError, match="no file"):
+        locate("none", ARCH, option=f"elsewhere/{donor.name}")
     with pytest.raises(UsageError, match="no file"):
         locate(str(tmp_path / "absent.safetensors"), ARCH)
     monkeypatch.setattr(weights_module, "BUILTIN", tmp_path / "absent")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests import tiny
+from tests.compress import reducing
 from tests.quantize.made import initializers, job, quantize
 from vitedge.artifact import Artifact
+from vitedge.compress import tome
 from vitedge.errors import InputError
+from vitedge.evaluate import parity
+from vitedge.export import INPUT, PASSES, to_onnx
+from vitedge.graph._run import run_passes
+from vitedge.model_file import open_artifact
 from vitedge.progress import silent
+from vitedge.quantize._alone import logits
 from vitedge.quantize._calibrate import activation_ranges
 from vitedge.quantize._source import batches
 from vitedge.quantize.onnxruntime import Int8Static
@@ -187,3 +195,26 @@ def test_metadata_of_others_is_kept(tmp_path: Path) -> None:
     artifact: Artifact = quantize(job(tmp_path, "onnxruntime", "int8_static"), "onnxruntime")
     keys = {entry.key for entry in onnx.load(artifact.path).metadata_props}
     assert keys == {"vitedge.preprocessing", "vitedge.labels", "names"}
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A ViT that merges the tokens that are alike, image by image, as an ONNX file."""
+    model = tome.apply(reducing.vit(), tome.Config(r=3), reducing.context()).model.eval()
+    proto = to_onnx(model, reducing.SIZE, 18)
+    run_passes(proto, PASSES, {INPUT: reducing.images(4).numpy()})
+    path = tmp_path_factory.mktemp("choosing") / "model.fp32.onnx"
+    onnx.save(proto, path)
+    return open_artifact(path)
+
+
+@pytest.mark.parametrize("scheme", ["int8_dynamic", "int8_weights"])
+def test_a_file_that_chooses_tokens_still_does(scheme: str, choosing: Artifact, tmp_path: Path) -> None:
+    artifact = quantize(replace(job(tmp_path, "onnxruntime", scheme), source=choosing), "onnxruntime")
+    operators = [[node.op_type for node in onnx.load(each.path).graph.node] for each in (choosing, artifact)]
+    assert operators[0].count("TopK") == operators[1].count("TopK") > 0
+    assert operators[0].count("ArgMax") == operators[1].count("ArgMax") > 0
+    x_BCHW = reducing.images().numpy()
+    files = [logits(each, x_BCHW, threads=1) for each in (choosing, artifact)]
+    # Rounding moves scores, and so may choose other tokens: what is left is the same answers, by and large.
+    assert parity(*files).top1_agreement > 60

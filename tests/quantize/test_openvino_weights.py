@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests import tiny
+from tests.compress import made
 from tests.quantize.made import job, quantize
 from vitedge import plugins
 from vitedge.artifact import Artifact
 from vitedge.errors import UnavailableError
 from vitedge.evaluate import parity
+from vitedge.export import INPUT, PASSES, to_onnx
+from vitedge.graph._run import run_passes
 from vitedge.host import isa_flags, tool_versions
+from vitedge.model_file import open_artifact
 from vitedge.quantize._alone import logits
 from vitedge.runtimes import Target
 from vitedge.runtimes import openvino as engine
@@ -95,3 +101,47 @@ def test_without_the_packages_the_error_names_the_scheme_and_the_pip_line(tmp_pa
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(UnavailableError, match=r"openvino\.int4_weights.*pip install 'vitedge\[openvino\]'"):
         plugins.load("quantize", "openvino").quantize(job(tmp_path, "openvino", "int4_weights"))
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A ViT of two blocks whose three matrices are each used as they are and transposed, as an ONNX file that stores each once."""
+    import torch
+
+    from vitedge.compress import shared_vit
+
+    config = shared_vit.Config(start="project")
+    model = shared_vit.apply(made.student(token=False), config, made.context(Path())).model.eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    proto = to_onnx(model, 8, 18)
+    run_passes(proto, PASSES, {INPUT: made.sample(4)[0]})
+    path = tmp_path_factory.mktemp("sharing") / "model.fp32.onnx"
+    onnx.save(proto, path)
+    return open_artifact(path)
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("int8_weights", 1.0), ("int4_weights", 0.5)])
+def test_a_matrix_that_is_used_twice_is_packed_for_each_use_and_that_is_said(
+    scheme: str, size: float, sharing: Artifact, tmp_path: Path
+) -> None:
+    """The float file stores six matrices, this one twelve; with patch embedding and classifier that are fourteen products."""
+    graph = onnx.load(sharing.path).graph
+    stored = [t.name for t in graph.initializer if list(t.dims) in ([16, 16], [16, 64], [64, 16])]
+    turned = [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in stored]
+    assert len(stored) == 6
+    artifact = quantize(replace(job(tmp_path, "openvino", scheme), source=sharing), "openvino")
+    found = artifact.notes["bytes"]
+    assert found["written_out"] == len(turned) >= 6 and sum(found["products"].values()) == 14
+    matrices = 2 * (4 * 16 * 16 + 2 * 16 * 64)
+    assert matrices * size < found["packed_bytes"] < (matrices + 48 * 16 + 16 * 4) * size * 1.5  # and zero points
+    x_BCHW = made.sample(made.IMAGES)[0]
+    files = [logits(each, x_BCHW, threads=1) for each in (sharing, artifact)]
+    assert parity(*files).sqnr_db > (25 if scheme == "int8_weights" else 8)
+
+
+def test_a_file_that_shares_nothing_has_nothing_written_out(int4: Artifact) -> None:
+    assert int4.notes["bytes"]["written_out"] == 0

@@ -140,6 +140,17 @@ def test_integers_are_not_trained_on(builds: Path, colours: Path, capsys: pytest
     assert not (builds / "integers" / "checkpoint.safetensors").exists()
 
 
+def test_the_float_twin_has_no_gates_and_they_are_not_quantized(builds: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["gates", {"train": {**TRAIN, "steps": 2}}, "lsq"]
+    recipe = recipe_named(builds, "gated", colours, STUDENT, steps)
+    assert run(["train", "--recipe", str(recipe), "-o", str(builds / "gated")]) == 2
+    assert "lsq: blocks.0.attn.qkv: expected a layer without gates" in capsys.readouterr().err
+    assert not (builds / "gated" / "checkpoint.safetensors").exists()
+    # Written before the technique acted: the model as it would have been saved then.
+    twin, header = load_checkpoint(builds / "gated" / "checkpoint.float.safetensors")
+    assert header.structure == () and not any(name.endswith(".a") for name in twin.state_dict())
+
+
 def test_another_teacher_is_another_student(builds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "teacher").mkdir()
     first = (builds / "teacher" / "checkpoint.safetensors").read_bytes()

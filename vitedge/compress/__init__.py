@@ -11,6 +11,8 @@ gives a newly built model the saved one's modules (not their values): that is ho
 One that makes a quantized model offers `scheme(config) -> str`, the name that its exported files carry (`int8_` first
 where products run in 8 bits).
 
+One whose result depends on how fast a model runs offers `times(config) -> bool`: the device is then part of the build's key.
+
 A parameter that a technique adds may carry an attribute `lr_scale: float`: its learning rate is that many times the
 schedule's, with any optimizer, layer-wise decay aside; it has no weight decay and AdamW's steps where the rest has Muon's.
 `apply` sets it anew in a resumed run, from the same inputs to the same value.
@@ -66,6 +68,21 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How long a model takes for one image on the device that is built for.
+
+    Attributes:
+        ms: Milliseconds of an inference at batch 1, exported to float; the median of the rounds' medians.
+        conditions: Plain data: device, runtime, provider, precision, threads, whether the device is `emulated`, versions.
+        unstable: Why the figure is not to be trusted; empty when it settled.
+    """
+
+    ms: float
+    conditions: dict[str, Any]
+    unstable: str = ""
+
+
+@dataclass(frozen=True)
 class Context:
     """What a technique may know of the run.
 
@@ -86,6 +103,8 @@ class Context:
             targets count from.
         sample: `sample(count)` gives so many train images as model inputs, float32 (count, C, H, W), not augmented, and
             their classes int64 (count,); the same ones whenever it is asked. Never of validation or test.
+        latency: `latency(model)` gives the time that a float model takes on the device; the model stays as it is, and a run that is
+            resumed is told the same again. None where nothing is built for a device, as in a preview.
     """
 
     num_classes: int
@@ -101,6 +120,7 @@ class Context:
     builds: Path
     untouched: Callable[[], nn.Module]
     sample: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    latency: Callable[[nn.Module], Timing] | None = None
 
 
 @dataclass(frozen=True)

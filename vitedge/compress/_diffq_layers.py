@@ -21,7 +21,7 @@ from vitedge.compress._diffq import MIB, BitPlan, GroupBits
 from vitedge.compress._mixed_weight import MixedWeight, grids, integers
 from vitedge.errors import UsageError
 from vitedge.models.heads import classifier_names
-from vitedge.models.quantized import quantized_layer
+from vitedge.models.quantized import check_roundable, quantized_layer
 from vitedge.numerics import dequantize, grouped, ungrouped
 
 if TYPE_CHECKING:
@@ -148,10 +148,11 @@ def prepare(model: nn.Module, config: Config, context: Context) -> BitPlan:
     """Give a model's layers noise on their weights, in place, and learned widths; the plan becomes its module `diffq`.
 
     Raises:
-        UsageError: No layer is left to quantize, or the target is below what the least widths take.
+        UsageError: No layer is left to quantize, the target is below what the least widths take, or the model has gates or shares weights.
     """
     if any(isinstance(module, NoisyLayer) for module in model.modules()):
         raise UsageError("diffq", expected="a model without DiffQ", found="one with it", fix="name `diffq` once in steps")
+    check_roundable(model, "diffq")
     chosen = _chosen(model, config)
     ends = {*classifier_names(model), *(name for name, layer in chosen.items() if isinstance(layer, nn.Conv2d))}
     widths: list[GroupBits] = []

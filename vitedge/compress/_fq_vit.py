@@ -21,7 +21,7 @@ from vitedge.compress._fq_vit_softmax import SCORE_BITS, LogIntSoftmax, least_st
 from vitedge.errors import UsageError
 from vitedge.models import quantized
 from vitedge.models.attention import open_attention
-from vitedge.models.quantized import ActivationQuantizer, IntegerWeight, quantized_layer
+from vitedge.models.quantized import ActivationQuantizer, IntegerWeight, check_roundable, quantized_layer
 from vitedge.numerics import Grid, PerChannel, parameters, quantize, ranges
 
 if TYPE_CHECKING:
@@ -39,9 +39,11 @@ def quantize_model(model: nn.Module, config: Config, x_BCHW: torch.Tensor, torch
         and without the exponents.
 
     Raises:
-        UsageError: The model is not a ViT of timm's, is quantized already, or has a convolution that is no patch embedding.
+        UsageError: The model is not a ViT of timm's, is quantized already, has gates or shares weights, or has a convolution that is
+            no patch embedding.
         InputError: An activation is infinite or NaN.
     """
+    check_roundable(model, "fq_vit")
     attentions, training = open_attention(model), model.training
     for name in attentions:
         if model.get_submodule(name).core is not None:

@@ -62,7 +62,9 @@ class Selection:
     threshold: float | None
 
 
-def select(scores: Scores, cost: Callable[[Widths], float], limit: float, rule: Rule, where: str = "prune") -> Selection:
+def select(
+    scores: Scores, cost: Callable[[Widths], float], limit: float, rule: Rule, where: str = "prune", resolution: float = 0.0
+) -> Selection:
     """The widths of the smallest cut whose cost is within a limit, found by bisection: some 14 costs for 10,000 units.
 
     The cost may be anything that grows with widths: parameters, multiply-accumulates, a measured latency. One that does not quite, as
@@ -74,6 +76,8 @@ def select(scores: Scores, cost: Callable[[Widths], float], limit: float, rule: 
         limit: What it may be at most.
         rule: How the cut is dealt out.
         where: What an error speaks of.
+        resolution: Share of all units by which the cut may be larger than it had to be, for costs that take long: 1/32 takes seven
+            of them at most.
 
     Raises:
         UsageError: The model is within the limit as it is, or is not at the least widths.
@@ -98,7 +102,8 @@ def select(scores: Scores, cost: Callable[[Widths], float], limit: float, rule: 
             found=f"{judge(high):.6g} at the least widths",
             fix="ask for less, add kinds to prune.units, or lower prune.multiple or prune.minimum",
         )
-    while high - low > 1:
+    gap = max(1, math.ceil(resolution * ladder.total))
+    while high - low > gap:
         middle = (low + high) // 2
         low, high = (low, middle) if judge(middle) <= limit else (middle, high)
     return Selection(ladder.widths(high), judge(high), ladder.threshold(high))

@@ -20,6 +20,7 @@ from vitedge.calibration import observer
 from vitedge.errors import UsageError, VitedgeError
 from vitedge.models.heads import classifier_names
 from vitedge.models.quantized import is_quantized
+from vitedge.models.tied import TiedAttention, TiedMlp
 from vitedge.numerics import Grid
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -77,6 +78,9 @@ def find_folds(model: nn.Module, kinds: Sequence[str]) -> list[Fold]:
 
 def _check(model: nn.Module, fold: Fold) -> None:
     """Refuse a fold whose layers are not plain ones, or that has something between them which does not scale."""
+    part = f"{fold.group}.{'mlp' if fold.kind == 'norm2' else 'attn'}"
+    if fold.kind != "norm" and isinstance(shared := _module(model, part), (TiedAttention, TiedMlp)):
+        raise _refusal(fold, part, "weights that are used once, and so can be scaled for one use", shared)
     source, readers = _module(model, fold.source), [_module(model, name) for name in fold.readers]
     plain = [*zip(fold.readers, readers, strict=True), *([(fold.source, source)] if fold.kind == "value" else [])]
     for name, module in plain:
@@ -107,7 +111,7 @@ def _module(model: nn.Module, name: str) -> Any:
 
 
 def _refusal(fold: Fold, where: str, expected: str, found: Any) -> UsageError:
-    text = "nothing" if found is None else str(found) if isinstance(found, nn.Linear) else type(found).__name__
+    text = "nothing" if found is None else str(found) if type(found) is nn.Linear else type(found).__name__
     return UsageError(
         f"smooth: {where}",
         expected=expected,

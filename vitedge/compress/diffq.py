@@ -77,7 +77,8 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     every top-1 on the way is one of a model that has the target's size.
 
     Raises:
-        UsageError: No layer is left to quantize, a pattern fits none, the target is too small, or the model has DiffQ already.
+        UsageError: No layer is left to quantize, a pattern fits none, the target is too small, or the model has DiffQ already, gates, or
+            shared weights.
     """
     from vitedge.compress._diffq import SizePenalty
     from vitedge.compress._diffq_layers import convert, prepare

@@ -70,7 +70,7 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     """Quantize the model as it is, in place, from `config.images` train images or all there are; no `train` step can follow.
 
     Raises:
-        UsageError: The model is no ViT of timm's, or is quantized already.
+        UsageError: The model is no ViT of timm's, is quantized already, has gates, or shares weights.
         InputError: An activation is infinite or NaN.
     """
     import torch

@@ -55,8 +55,8 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     Without such a step it is post-training quantization with the first steps. It may stand before or after `distill`.
 
     Raises:
-        UsageError: The model is quantized already, a pattern matches no layer or all of them, attention cannot be opened,
-            or a layer is of a kind that cannot be quantized.
+        UsageError: The model is quantized already, has gates or shares weights, a pattern matches no layer or all of them, attention
+            cannot be opened, or a layer is of a kind that cannot be quantized.
         InputError: Activations are infinite or NaN.
     """
     import torch

@@ -6,6 +6,7 @@ Tang and Han 2021). A step cuts at once, and `train` steps after it recover; pru
 
     steps: [distill: {teacher: self}, gates: {l1: 1e-4}, train: {...}, prune: {score: gates, ratio: 0.2}, train: {...}]
 
+With `target: {latency_ms: 3.0}` it is the smallest cut found whose file takes no longer on the device, as it is timed there.
 Heads of a block keep as many dimensions each, every head its own best ones; blocks may differ. Widths stay multiples of 8.
 """
 
@@ -31,11 +32,17 @@ class Target(Section):
     params: float | None = Field(None, gt=0, lt=1, description="parameters, as a share of the architecture's without any technique")
     macs: float | None = Field(None, gt=0, lt=1, description="multiply-accumulates for one image, as such a share")
     mib: float | None = Field(None, gt=0, description="MiB of its weights, as they are in the checkpoint: float32")
+    latency_ms: float | None = Field(
+        None,
+        gt=0,
+        description="milliseconds for one image on the build's device, as exported to float: measured on up to seven cuts of the model, "
+        "in the first runtime and precision of the device that can be had",
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Target:
-        if sum(value is not None for value in (self.params, self.macs, self.mib)) != 1:
-            raise ValueError("one of params, macs and mib")
+        if sum(value is not None for value in (self.params, self.macs, self.mib, self.latency_ms)) != 1:
+            raise ValueError("one of params, macs, mib and latency_ms")
         return self
 
 
@@ -98,6 +105,11 @@ def files(config: Config, builds: Path) -> list[Path]:
     return []
 
 
+def times(config: Config) -> bool:
+    """Whether the cut is found by timing models on the device."""
+    return config.target is not None and config.target.latency_ms is not None
+
+
 def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     """Cut units out of the model, in place.
 
@@ -105,6 +117,7 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
         UsageError: The model is quantized or no ViT, was changed before where units would be cut, has gates that `score` does not name
             or none that it names, or cannot be brought to what is asked.
         InputError: Scores are not finite.
+        UnavailableError: A latency is asked for, and nothing of the device can be had here that models could be timed in.
     """
     from vitedge.compress._prune import prune
 

@@ -12,6 +12,10 @@ from vitedge import plugins
 from vitedge.errors import GateError
 from vitedge.graph import PassResult
 
+DISCRETE_TOLERANCE = 0.1  # of the largest output, where the last bit of a float can become a whole step or another token
+# Operators that give positions, and as which output.
+_POSITIONS = {"TopK": 1, "ArgMax": 0, "ArgMin": 0}
+
 
 def run_passes(
     model: onnx.ModelProto, names: Sequence[str], example_feeds: dict[str, np.ndarray], tolerance: float | None = None
@@ -23,7 +27,7 @@ def run_passes(
         names: Files of `vitedge/graph/`, without `.py`.
         example_feeds: Input name to a batch; of one image where `fix_batch` is among the passes.
         tolerance: In place of the passes' own, for a model that rounds its activations: there the last bit of a float
-            may become a whole step.
+            may become a whole step. None: `DISCRETE_TOLERANCE` for a graph that `chooses`, where it may become another token.
 
     Returns:
         One result per pass, `max_abs_err` of the outputs in its notes.
@@ -34,6 +38,8 @@ def run_passes(
             `TOLERANCE` (or `tolerance`) times the largest output (at least 1); names the pass and those before it.
     """
     passes = [plugins.load("graph", name) for name in names]
+    if tolerance is None and chooses(model):
+        tolerance = DISCRETE_TOLERANCE
     results: list[PassResult] = []
     before = run_model(model, example_feeds) if passes else []
     for position, (name, module) in enumerate(zip(names, passes, strict=True)):
@@ -49,6 +55,13 @@ def run_passes(
         results.append(replace(result, notes={**result.notes, "max_abs_err": error_now}))
         before = after
     return results
+
+
+def chooses(model: onnx.ModelProto) -> bool:
+    """Whether a graph picks positions by their values and goes by them, as models do that choose tokens image by image."""
+    read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    chosen = [(node.output, _POSITIONS[node.op_type]) for node in model.graph.node if node.op_type in _POSITIONS]
+    return any(len(outputs) > position and outputs[position] in read for outputs, position in chosen)
 
 
 def run_model(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

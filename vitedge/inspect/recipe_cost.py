@@ -32,10 +32,12 @@ from vitedge.models.cost import CostTable, ModuleCost, cost_table
 from vitedge.models.weights import WeightsSource, locate
 from vitedge.progress import Progress, silent
 from vitedge.recipe import PreprocessSpec, Recipe, TrainConfig
-from vitedge.train.steps import CheckpointJob, checkpoint_meta, converted, technique_context, with_technique
+from vitedge.train.context import technique_context
+from vitedge.train.steps import CheckpointJob, checkpoint_meta, converted, with_technique
 
 IMAGES = 64  # that a technique is shown at most: how much it takes away hardly depends on them, and seconds do
 LOUD = 1.005  # growth from which on it is said
+TIMED = "how much it takes away comes of timing models on the device, when the recipe is built"
 _CLASSES = {"cifar10": 10, "cifar100": 100}  # of the data sets known by name
 _GROWTH = (("params", "weights", "larger"), ("macs", "multiply-accumulates", "slower"))
 
@@ -151,6 +153,9 @@ def _take_steps(job: CheckpointJob, model: nn.Module, before: CostTable, progres
             technique.files(config, job.path.parent.parent)
         except UsageError as absent:  # such as a teacher that has not been trained yet
             taken.append(StepCost(index, name, "left out", (str(absent),)))
+            continue
+        if hasattr(technique, "times") and technique.times(config):
+            taken.append(StepCost(index, name, "left out", (TIMED,)))
             continue
         context = technique_context(job, meta, index, "cpu")
         try:

@@ -18,6 +18,8 @@ from torch import nn
 from vitedge import packing
 from vitedge.errors import UsageError
 from vitedge.models.attention import open_attention
+from vitedge.models.gated import gated_layers
+from vitedge.models.tied import TiedAttention, TiedMlp
 from vitedge.numerics import Grid, dequantize, fake_quantize, spread
 
 STORAGE = {(8, True): torch.int8, (8, False): torch.uint8, (16, True): torch.int16, (16, False): torch.uint16}
@@ -275,3 +277,34 @@ def quantized_layer(
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model has integers in it, so that its exported file is int8 or less and not fp32."""
     return any(isinstance(module, (ActivationQuantizer, IntegerWeight)) for module in model.modules())
+
+
+def check_roundable(model: nn.Module, technique: str) -> None:
+    """Refuse a float model with weights that cannot each be rounded where they are: ones behind gates, ones that are used twice.
+
+    A layer that takes the place of a gated one would drop its gates. A matrix that is used as it is and transposed has outputs along
+    both of its axes, each of which asks for scales of its own.
+
+    Args:
+        model: Any.
+        technique: Whom an error speaks of.
+
+    Raises:
+        UsageError: There are such weights.
+    """
+    gated = next(iter(gated_layers(model)), None)
+    if gated is not None:
+        raise UsageError(
+            f"{technique}: {gated}",
+            expected="a layer without gates",
+            found="those of a `gates` step",
+            fix=f"put `prune: {{score: gates}}` before `{technique}`",
+        )
+    tied = next((name for name, module in model.named_modules() if isinstance(module, (TiedAttention, TiedMlp))), None)
+    if tied is not None:
+        raise UsageError(
+            f"{technique}: {tied}",
+            expected="weights that are used once",
+            found="a matrix used as it is and transposed, which cannot have the scales of both",
+            fix=f"leave out `{technique}` or the step that shares weights; schemes of `quantize:` take the exported file",
+        )

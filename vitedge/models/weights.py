@@ -41,7 +41,7 @@ def locate(weights: str, arch: str, option: str | None = None) -> WeightsSource:
     Args:
         weights: `builtin` | `pretrained` | `none` | a path.
         arch: timm's name; a folder of weights is searched for `<arch>.safetensors`.
-        option: The same words, or a file, or a folder.
+        option: The same words, or a file, or a folder. A file's bare name is looked for here, then in VITEDGE_WEIGHTS.
 
     Raises:
         UsageError: A path that does not exist, or a folder without that architecture.
@@ -60,6 +60,8 @@ def locate(weights: str, arch: str, option: str | None = None) -> WeightsSource:
     path = Path(os.path.expandvars(word)).expanduser()
     if path.is_dir():
         path = path / f"{arch}.safetensors"
+    elif not path.exists() and path.name == word and (folder := weights_folder()) and (folder / word).is_file():
+        path = folder / word
     if not path.is_file():
         raise UsageError(
             f"weights '{word}'",

@@ -24,8 +24,9 @@ from vitedge.quantize import Job
 from vitedge.quantize._source import example_input, matching
 from vitedge.recipe import Scheme
 
+# A matrix that the float file stores once and reads in two ways is stored for each of them: one row of scales cannot serve both.
 # NNCF leaves convolutions in 8 bits, whichever are asked for: as a MatMul the patch embedding shrinks like the rest.
-_PASSES = ("patch_embed_matmul",)
+_PASSES = ("fold_weights", "patch_embed_matmul")
 # Where a plugin looks for settings that a file brings along.
 _ROUNDING_INFO = ("runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
 _ROUNDING_GROUP = {"float": "0", "int8": "32"}
@@ -63,14 +64,15 @@ def compress(openvino: Any, nncf: Any, job: Job) -> tuple[Any, list[str], dict[s
 
     Returns:
         The model, the names excluded, and what became of the bytes: `packed_bytes` with zero points, `scale_bytes`,
-        `float_bytes`, the largest tensors that stayed in float, and how many products have which group.
+        `float_bytes`, the largest tensors that stayed in float, how many products have which group, and how many weights were
+        `written_out`: those that the source makes of another one's values as it runs.
 
     Raises:
         UsageError: An exclude pattern matches nothing.
         GateError: A graph pass changed the model's answers.
     """
     config: Int8Weights = job.config
-    model = _as_openvino(openvino, job)
+    model, written_out = _as_openvino(openvino, job)
     excluded = matching([op.get_friendly_name() for op in model.get_ordered_ops()], config.exclude)
     kind = f"INT{config.bits}_{'SYM' if config.symmetric else 'ASYM'}"
     settings: dict[str, Any] = {}
@@ -91,18 +93,18 @@ def compress(openvino: Any, nncf: Any, job: Job) -> tuple[Any, list[str], dict[s
         **settings,
     )
     compressed.set_rt_info(_ROUNDING_GROUP[config.arithmetic], list(_ROUNDING_INFO))
-    return compressed, excluded, _bytes(compressed)
+    return compressed, excluded, {**_bytes(compressed), "written_out": written_out}
 
 
-def _as_openvino(openvino: Any, job: Job) -> Any:
-    """The source as OpenVINO's model, its patch embedding a MatMul."""
+def _as_openvino(openvino: Any, job: Job) -> tuple[Any, int]:
+    """The source as OpenVINO's model, its patch embedding a MatMul; and how many shared weights it holds once more."""
     source = onnx.load(job.source.path)
     constants_to_initializers(source.graph)
-    run_passes(source, _PASSES, {input_spec(job.source).name: example_input(job)})
+    folded, _ = run_passes(source, _PASSES, {input_spec(job.source).name: example_input(job)})
     with tempfile.TemporaryDirectory(prefix="vitedge-quantize-") as temporary:
         path = Path(temporary) / "float.onnx"
         onnx.save(source, path)
-        return openvino.convert_model(str(path))
+        return openvino.convert_model(str(path)), folded.changed
 
 
 def _name(constant: Any) -> str:

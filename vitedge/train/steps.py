@@ -22,19 +22,20 @@ from torch import nn
 
 from vitedge import plugins
 from vitedge.artifact import digest_of, write_json
-from vitedge.compress import Compressed, Context
+from vitedge.compress import Compressed
 from vitedge.data import Dataset, Split
-from vitedge.data.sample import labelled_sample
 from vitedge.errors import InputError, UsageError
 from vitedge.models.build import CheckpointMeta, build, read_meta, read_tensors, save_checkpoint, write_tensors
 from vitedge.models.quantized import is_quantized
 from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
-from vitedge.train.augment import Augmentation, Batches
+from vitedge.train.augment import Batches
+from vitedge.train.context import technique_context
 from vitedge.train.job import Log, TrainJob
 from vitedge.train.loop import train
 from vitedge.train.processes import Processes
+from vitedge.train.timings import Stopwatch, Timings
 from vitedge.train.validation import validate
 from vitedge.train.watch import Watcher
 
@@ -57,6 +58,7 @@ class CheckpointJob:
         torch_device: `cpu` or `cuda`.
         bar: A named progress bar per step.
         tensorboard: Whether TensorBoard files are written too.
+        stopwatch: Times a model on the device that is built for; None where no technique asks.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class CheckpointJob:
     torch_device: str
     bar: Callable[[str], Progress]
     tensorboard: bool = False
+    stopwatch: Stopwatch | None = None
 
 
 def make_checkpoint(job: CheckpointJob) -> dict[str, Any]:
@@ -123,8 +126,8 @@ class _Steps:
         else:
             technique = plugins.load("compress", name)
             if hasattr(technique, "scheme"):  # the model as it was in float is what its quantized file is compared with
-                self.save(self.model, self.job.path.with_name(FLOAT))
-            context = technique_context(self.job, self.meta, index, self.processes.device.type)
+                self.save(converted(copy.deepcopy(self.model), self.active), self.job.path.with_name(FLOAT))
+            context = technique_context(self.job, self.meta, index, self.processes.device.type, self.timings(index))
             compressed = technique.apply(self.model, config, context)
             trains_later = any(isinstance(c, TrainConfig) for _, c in self.job.recipe.steps[index:])
             if (compressed.losses or compressed.on_step) and not trains_later:
@@ -139,6 +142,21 @@ class _Steps:
             record = compressed.notes
         self.notes.append({name: record})
 
+    def key(self, index: int) -> str:
+        """Identity of a step. What comes after it, and how often it is saved, change nothing about it."""
+        before = [
+            [name, {**plain, "checkpoint_every": None}]
+            for step in self.job.recipe.to_plain()["steps"][: index + 1]
+            for name, plain in step.items()
+        ]
+        return digest_of(self.job.key, before)
+
+    def timings(self, index: int) -> Timings | None:
+        """What times the candidates of a step; None where nothing is built for a device."""
+        if self.job.stopwatch is None:
+            return None
+        return Timings(self.job.stopwatch, self.processes, self.job.work / f"step{index}.timings.json", self.key(index))
+
     def train(self, index: int, config: TrainConfig) -> dict[str, Any]:
         """One `train` step, or what an earlier, interrupted run has left of it."""
         job = self.job
@@ -149,13 +167,7 @@ class _Steps:
                 found="one that an earlier step quantized",
                 fix="move `train` before it",
             )
-        # What comes after this step, and how often it is saved, change nothing about it.
-        before = [
-            [name, {**plain, "checkpoint_every": None}]
-            for step in job.recipe.to_plain()["steps"][: index + 1]
-            for name, plain in step.items()
-        ]
-        done, key = job.work / f"step{index}.safetensors", digest_of(job.key, before)
+        done, key = job.work / f"step{index}.safetensors", self.key(index)
         record: dict[str, Any] | None = self.processes.from_main(_finished(done, key) if self.processes.is_main else None)
         if record is not None:
             weights = read_tensors(done) if self.processes.is_main else None
@@ -245,41 +257,6 @@ class _Steps:
         found = validate(model, batches, "fp32", self.processes)
         model.cpu()
         return {**{name: round(value, 4) for name, value in found.items()}, "images": len(batches)}
-
-
-def technique_context(job: CheckpointJob, meta: CheckpointMeta, index: int, torch_device: str) -> Context:
-    """What the technique at `index` of the recipe may know, the `train` steps after it included.
-
-    Raises:
-        UsageError: There is no data set.
-    """
-    following = [config for _, config in job.recipe.steps[index:] if isinstance(config, TrainConfig)]
-    config = following[0] if following else TrainConfig()
-    augmentation = Augmentation.of(config).plain()
-    fixed = all(c.views == config.views and Augmentation.of(c).plain() == augmentation for c in following)
-    if job.dataset is None:
-        raise UsageError("steps", expected="a data set", found="none", fix="give --data, or set VITEDGE_DATA")
-    return Context(
-        meta.num_classes,
-        meta.labels,
-        job.recipe.contract(),
-        len(job.dataset.train.labels),
-        job.data_digest,
-        job.recipe.seed,
-        torch_device,
-        config.precision,
-        augmentation,
-        config.views if fixed else 0,
-        job.path.parent.parent,
-        partial(_untouched, meta),
-        partial(labelled_sample, job.dataset, job.recipe.contract(), seed=job.recipe.seed),
-    )
-
-
-def _untouched(meta: CheckpointMeta) -> nn.Module:
-    """The architecture with random weights; torch's random numbers stay as they were."""
-    with torch.random.fork_rng(devices=[]):
-        return meta.create()
 
 
 def with_technique(active: list[tuple[str, Compressed]], name: str, compressed: Compressed) -> list[tuple[str, Compressed]]:
