@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vitedge.graph import PassResult, initializer_bytes
 from vitedge.graph._index import Index, attribute, drop_unused_initializers, replace_nodes
+from vitedge.packing import pack
 
 TOLERANCE = 0.0
 OPSET = 21
@@ -70,6 +71,8 @@ def _narrowed(tensor: onnx.TensorProto, made: dict[str, onnx.TensorProto]) -> st
     """Name of a tensor's 4-bit twin, made once."""
     name = f"{tensor.name}_4bit"
     if name not in made:
-        values = numpy_helper.to_array(tensor).astype(np.int32).ravel()
-        made[name] = helper.make_tensor(name, _NARROW[tensor.data_type][0], list(tensor.dims), values.tolist())
+        kind = _NARROW[tensor.data_type][0]
+        packed = pack(numpy_helper.to_array(tensor).ravel(), 4, signed=kind == TensorProto.INT4)
+        # As bytes: onnx's own list of values takes up to two bytes for each pair of them.
+        made[name] = helper.make_tensor(name, kind, list(tensor.dims), packed.tobytes(), raw=True)
     return name
