@@ -117,6 +117,24 @@ def test_a_linear_layer_is_the_float_layer_of_what_its_integers_stand_for(bias: 
     assert (layer.bias is None) == (not bias) and (layer.bias is None or layer.bias is not plain.bias)
 
 
+@pytest.mark.parametrize(("weight_bits", "signed"), [(8, True), (4, True), (4, False)])
+def test_sums_are_those_of_the_integers_scaled_once(weight_bits: int, signed: bool) -> None:
+    """To the bit, whatever the order of the sum: 768 products of the largest 8-bit activations and random weights."""
+    layer: Any = quantized_layer(nn.Linear(768, 6), {"bits": weight_bits, "signed": signed, "group": None}, ActivationQuantizer(8, False))
+    filled(layer.weight)
+    layer.inputs.set(torch.tensor(0.0173), torch.tensor(100))
+    x = torch.randn(5, 768, generator=torch.Generator().manual_seed(0)) * 2
+    with torch.no_grad():
+        quantized = torch.clamp(torch.round(x / layer.inputs.scale) + 100, 0, 255).long() - 100
+        integers = quantized @ (layer.weight.values.long() - layer.weight.zero_point.long())
+        assert int(integers.abs().max()) < 2**24
+        expected = integers.float() * (layer.inputs.scale * layer.weight.scale) + layer.bias
+        assert torch.equal(layer(x), expected)
+        assert not torch.equal(layer.inputs(x) @ layer.weight() + layer.bias, expected)  # why it is not computed so
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(x), expected, rtol=0.1, atol=1.0, check_dtype=False)
+
+
 @pytest.mark.parametrize("patch", [(4, 4), (2, 4)])
 def test_a_patch_embedding_is_the_convolution_of_what_its_integers_stand_for(patch: tuple[int, int]) -> None:
     plain = nn.Conv2d(3, 5, patch, patch)
