@@ -35,7 +35,7 @@ from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds, tr
 from vitedge.train.watch import CURVES, METRICS, TENSORBOARD
 
 # Raised when a stage's output changes though its inputs do not.
-STAGE_VERSIONS = {"checkpoint": 2, "export": 3, "quantize": 1}
+STAGE_VERSIONS = {"checkpoint": 2, "export": 4, "quantize": 1}
 WORK = ".work"
 FLOAT = "checkpoint.float.safetensors"
 TRAINING_FILES = ("checkpoint.last.safetensors", FLOAT, METRICS, CURVES)
