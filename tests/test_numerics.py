@@ -15,19 +15,7 @@ from onnx import TensorProto, helper
 
 from vitedge import numerics
 from vitedge.errors import InputError, UsageError
-from vitedge.numerics import (
-    Grid,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    dequantize,
-    fake_quantize,
-    grouped,
-    parameters,
-    quantize,
-    ranges,
-    shorten,
-)
+from vitedge.numerics import Grid, PerChannel, PerGroup, PerTensor, dequantize, fake_quantize, grouped, parameters, quantize, ranges
 
 GRIDS = st.builds(Grid, st.integers(2, 16), st.just(True), st.booleans()) | st.builds(Grid, st.integers(2, 16), st.just(False))
 # From values whose step is no normal float32 to values whose range is no finite one.
@@ -372,25 +360,3 @@ def test_sqnr_of_tensors_follows_the_six_decibels_a_bit() -> None:
         noise = numerics.sqnr_db(x.bfloat16().float(), fake_quantize(x.bfloat16(), *_scaled(x, grid, False), grid))
         # Uniform values on a uniform grid: signal 1/3, noise s^2 / 12 with s = 2 / (2^b - 1).
         assert noise == pytest.approx(20 * math.log10(2**bits - 1), abs=0.2)
-
-
-@given(st.floats(2.0**-100, 2.0**100, width=32), st.integers(2, 12))
-def test_a_short_scale_is_near_and_has_so_few_bits(value: float, bits: int) -> None:
-    scale = torch.tensor([value, 2 * value])
-    short = shorten(scale, bits)
-    assert ((short - scale).abs() <= scale * 2.0**-bits).all()
-    assert torch.equal(shorten(short, bits), short)
-    assert short[1] == 2 * short[0]  # of itself, whatever its size
-    mantissa, _ = torch.frexp(short)
-    assert torch.equal((mantissa * 2**bits).round(), mantissa * 2**bits)
-
-
-def test_sums_of_products_of_short_scales_are_exact_in_any_order() -> None:
-    values = torch.Generator().manual_seed(0)
-    x, w = torch.randint(-8, 8, (4, 768), generator=values), torch.randint(-8, 8, (768, 4), generator=values)
-    scales = shorten(torch.rand(2, generator=values) + 0.1, 4)
-    exact = (x @ w).double() * scales[0].double() * scales[1].double()
-    order = torch.randperm(768, generator=values)
-    for columns in (torch.arange(768), order):
-        found = (x[:, columns] * scales[0]) @ (w[columns] * scales[1])
-        assert found.dtype == torch.float32 and torch.equal(found.double(), exact)

@@ -182,16 +182,6 @@ def _unbounded(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
     return torch.round(x / scale.to(x.device)) + zero_point
 
 
-def shorten(scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """The nearest numbers with a mantissa of `bits` bits, its leading one included, at most 2^-bits of themselves away; any shape.
-
-    A product of integers and such scales needs no more bits than they have together: where that is 24 or less, float32 holds
-    it exactly, and a sum of such products is the same in whatever order it is added.
-    """
-    mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.round(mantissa * 2**bits) / 2**bits, exponent)
-
-
 class _StraightThrough(torch.autograd.Function):  # type: ignore[misc]  # the library carries no types
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:

@@ -141,6 +141,11 @@ class ExportConfig(Section):
     opset: int = Field(18, ge=17, le=23, description="17 and above have LayerNormalization as one operator")
     parity_images: int = Field(64, ge=1, description="real images the exported file is checked on")
     max_abs_err: float = Field(1e-3, gt=0, description="largest difference of a logit from PyTorch's")
+    agree_in: tuple[Literal["onnxruntime", "openvino"], ...] = Field(
+        ("onnxruntime", "openvino"),
+        min_length=1,
+        description="runtimes in which a technique's quantized file must give PyTorch's class on 99 % of images; of others it is noted",
+    )
 
 
 class CalibrationConfig(Section):

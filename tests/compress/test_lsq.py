@@ -28,7 +28,7 @@ from vitedge.errors import FileProblems, InputError, UsageError
 from vitedge.export import to_onnx
 from vitedge.models.build import create
 from vitedge.models.quantized import ActivationQuantizer, QuantizedLinear, QuantizedPatchEmbedding
-from vitedge.numerics import Grid, fake_quantize, shorten, sqnr_db
+from vitedge.numerics import Grid, fake_quantize, sqnr_db
 from vitedge.recipe import TrainConfig, recipe_from_plain
 from vitedge.train.job import TrainJob
 from vitedge.train.loop import Run, train
@@ -202,27 +202,6 @@ def test_where_it_rounds_and_with_how_many_bits() -> None:
     signs = {slot: getattr(model.blocks[0].attn, slot).grid.signed for slot in SLOTS}  # type: ignore[union-attr,index]
     assert signs == {"on_query": True, "on_key": True, "on_weights": False, "on_value": True}
     assert type(model.blocks[1].mlp.fc1) is nn.Linear  # type: ignore[union-attr,index]
-
-
-@pytest.mark.parametrize(("activations", "is_short"), [(4, True), (5, False)])
-def test_coarse_steps_are_short_so_that_sums_are_exact(activations: int, is_short: bool) -> None:
-    """What goes in and the rows of the weight it meets, both; between numbers of 4 bits of mantissa, sums of integers stay exact."""
-    model = converted(apply(made.student(False), weight_bits=4, activation_bits=activations))
-    scales = {name: buffer for name, buffer in model.named_buffers() if name.startswith("blocks") and name.endswith("scale")}
-    assert len(scales) == 2 * (4 * 2 + 4)  # of 2 blocks: 4 layers with weight and inputs, 4 inputs of products
-    for name, scale in scales.items():
-        assert torch.equal(shorten(scale, 4), scale) == is_short, name
-
-
-def test_a_short_step_learns_as_the_step_it_stands_for() -> None:
-    x = numbers((6, 11), 0).float()
-    steps = []
-    for is_short in (False, True):
-        quantizer = LearnedQuantizer(Grid(4), is_short=is_short)
-        quantizer.start(torch.tensor(0.5), torch.zeros(()), 1.0)  # 0.5 is short already
-        quantizer(x).square().sum().backward()
-        steps.append(quantizer.log_step.grad)
-    assert torch.equal(steps[0], steps[1]) and float(steps[0]) != 0
 
 
 def test_excluded_layers_stay_float_to_the_end_and_attention_only_where_asked() -> None:

@@ -87,3 +87,17 @@ def test_never_folds_randomness_or_large_constants() -> None:
     model = graph(nodes, {"one": np.float32(1), "large": np.array([300, 300], np.int64)}, ["batch", 2], ["batch", 2])
     fix_batch.apply(model, 1)
     assert {"RandomNormal", "Expand"} <= set(count(model))
+
+
+def test_weights_in_few_bits_stay_integers() -> None:
+    nodes = [
+        helper.make_node("Cast", ["w"], ["wide"], to=onnx.TensorProto.INT8),
+        helper.make_node("DequantizeLinear", ["wide", "s"], ["d"], axis=1),
+        helper.make_node("MatMul", ["x", "d"], ["y"]),
+    ]
+    model = graph(nodes, {"s": np.abs(wave(12)) + 0.1}, ["batch", 12], ["batch", 12], opset=21)
+    packed = np.arange(72, dtype=np.uint8).tobytes()
+    model.graph.initializer.append(helper.make_tensor("w", onnx.TensorProto.INT4, [12, 12], packed, raw=True))
+    fix_batch.apply(model, 1)
+    assert count(model) == {"Cast": 1, "DequantizeLinear": 1, "MatMul": 1}
+    assert {tensor.name: tensor.data_type for tensor in model.graph.initializer}["w"] == onnx.TensorProto.INT4

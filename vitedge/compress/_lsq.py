@@ -19,9 +19,6 @@ Choices of this implementation:
   activations by int8 weights is the product that x86 and ARM kernels are made for, and an offset fits unlike sides. Of the
   products of attention, weights after softmax are unsigned without an offset, queries, keys and values signed: OpenVINO's
   fused attention takes those three as int8 (with an offset it goes back to float32 for the query), ONNX Runtime any.
-- A step of at most `SHORT_BITS` bits has a short mantissa (`numerics.shorten`, straight through backward): products of such values, and
-  so sums of them, are exact in float32, in whatever order a runtime adds. With steps this coarse it matters: a sum whose last bit
-  differs is now and then rounded to the next step, and the layers after make another answer of it.
 - Rounding is computed in the steps' own type, float32, under autocast too: a bfloat16 v has not the bits to be rounded to 8.
 Shapes: B batch, C channels or classes, H height, W width, O rows (outputs) of a weight, I inputs.
 """
@@ -36,12 +33,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from vitedge.models.quantized import ActivationQuantizer, QuantizedLinear, QuantizedPatchEmbedding, quantized_layer
-from vitedge.numerics import Grid, quantize, shorten
+from vitedge.numerics import Grid, quantize
 
 # Which activations have a sign, and which an offset.
 OFFSET, SIGNED, POSITIVE = "offset", "signed", "positive"
-# Of float32's 24 bits, two steps of 4 leave 16 for sums of products of 4 x 4 bits, which hardly ever need more.
-SHORT_BITS, MANTISSA_BITS = 4, 4
 SLOTS = {"on_query": SIGNED, "on_key": SIGNED, "on_weights": POSITIVE, "on_value": SIGNED}
 
 
@@ -98,12 +93,11 @@ class LearnedQuantizer(nn.Module):  # type: ignore[misc]
         grid: The integers.
         rows: Rows of a weight (O, I), each with a step; None for one step of the whole tensor.
         has_offset: Whether an offset is learned too.
-        is_short: Whether steps have a short mantissa.
     """
 
-    def __init__(self, grid: Grid, rows: int | None = None, has_offset: bool = False, is_short: bool = False) -> None:
+    def __init__(self, grid: Grid, rows: int | None = None, has_offset: bool = False) -> None:
         super().__init__()
-        self.grid, self.is_short = grid, is_short
+        self.grid = grid
         self.log_step = nn.Parameter(torch.zeros(() if rows is None else (rows, 1)))
         self.offset = nn.Parameter(torch.zeros(())) if has_offset else None
 
@@ -116,22 +110,17 @@ class LearnedQuantizer(nn.Module):  # type: ignore[misc]
                 self.offset.copy_(offset)
                 self.offset.lr_scale = lr_scale * float(step) * (self.grid.highest - self.grid.lowest)
 
-    def step(self) -> torch.Tensor:
-        """s, () or (O, 1), as it is rounded with; its gradient is that of the step before its mantissa was shortened."""
-        step = self.log_step.exp()
-        return step + (shorten(step.detach(), MANTISSA_BITS) - step.detach()) if self.is_short else step
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The same shape and type, rounded; an activation's first axis is the batch."""
         sharing = x.shape[-1] if self.log_step.ndim else x.numel() // max(1, len(x))
         scale = 1.0 / math.sqrt(max(1, sharing) * self.grid.highest)
-        rounded: torch.Tensor = Rounding.apply(x, self.step(), self.offset, self.grid.lowest, self.grid.highest, scale)
+        rounded: torch.Tensor = Rounding.apply(x, self.log_step.exp(), self.offset, self.grid.lowest, self.grid.highest, scale)
         return rounded
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def frozen(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point (int32) that it rounds with now, both () or (O, 1)."""
-        step = self.step()
+        step = self.log_step.exp()
         zero = torch.zeros_like(step) if self.offset is None else zero_point_of(step, self.offset, self.grid.lowest, self.grid.highest)
         return step, zero.to(torch.int32)
 
@@ -142,7 +131,7 @@ class LearnedLinear(nn.Linear):  # type: ignore[misc]
     def __init__(self, layer: Any, bits: int, inputs: LearnedQuantizer) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.rows, self.inputs = LearnedQuantizer(Grid(bits), rows=len(layer.weight), is_short=inputs.is_short), inputs
+        self.rows, self.inputs = LearnedQuantizer(Grid(bits), rows=len(layer.weight)), inputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) to (..., O)."""
@@ -156,7 +145,7 @@ class LearnedPatchEmbedding(nn.Conv2d):  # type: ignore[misc]
         has_bias = layer.bias is not None
         super().__init__(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, bias=has_bias, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.rows, self.inputs = LearnedQuantizer(Grid(bits), rows=len(layer.weight), is_short=inputs.is_short), inputs
+        self.rows, self.inputs = LearnedQuantizer(Grid(bits), rows=len(layer.weight)), inputs
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """BCHW to BOhw."""

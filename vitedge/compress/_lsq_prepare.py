@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from vitedge.calibration import observer
-from vitedge.compress._lsq import OFFSET, SHORT_BITS, SIGNED, SLOTS, LearnedLinear, LearnedPatchEmbedding, LearnedQuantizer
+from vitedge.compress._lsq import OFFSET, SIGNED, SLOTS, LearnedLinear, LearnedPatchEmbedding, LearnedQuantizer
 from vitedge.errors import InputError, UsageError, closest
 from vitedge.models.attention import open_attention
 from vitedge.models.heads import classifier_names
@@ -115,8 +115,7 @@ def _bits(model: nn.Module, config: Config, name: str) -> tuple[int, int]:
 def _insert(model: nn.Module, config: Config, name: str, seen: _Seen) -> LearnedQuantizer:
     """Put what rounds into the model; returns the quantizer of activations."""
     parent, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(name)
-    made = LearnedQuantizer(seen.grid, has_offset=seen.kind == OFFSET, is_short=seen.grid.bits <= SHORT_BITS)
+    layer, made = model.get_submodule(name), LearnedQuantizer(seen.grid, has_offset=seen.kind == OFFSET)
     new: nn.Module = made
     if isinstance(layer, nn.Linear):
         new = LearnedLinear(layer, _bits(model, config, name)[0], made)

@@ -18,6 +18,8 @@ from vitedge.graph._index import Index, drop_unused_initializers, replace_nodes
 TOLERANCE = 1e-5
 
 _FOLDED_ELEMENTS = 65_536  # a constant larger than this costs more file than its node costs time
+# Of a weight in few bits these make one in many, which is neither small any more nor multiplied as integers.
+_WIDENING, _WIDENED_ELEMENTS = ("Cast", "DequantizeLinear"), 64
 
 
 def apply(model: onnx.ModelProto, batch_size: int = 1) -> PassResult:
@@ -110,7 +112,8 @@ def _value(
     else:
         if any(attr.HasField("g") for attr in node.attribute) or node.op_type.startswith("Random"):
             return None
-        if int(np.prod(shapes.get(node.output[0], (_FOLDED_ELEMENTS + 1,)))) > _FOLDED_ELEMENTS:
+        limit = _WIDENED_ELEMENTS if node.op_type in _WIDENING else _FOLDED_ELEMENTS
+        if int(np.prod(shapes.get(node.output[0], (limit + 1,)))) > limit:
             return None
         known = {}
         for name in filter(None, node.input):
