@@ -186,7 +186,7 @@ def _own_macs(model: nn.Module, shape_CHW: tuple[int, int, int]) -> defaultdict[
 
 def _vector_operations(left_shape: Any, right_shape: Any, out_shape: Any = None) -> int:
     """Operations of a matrix by a vector, or of two vectors: two for each value of the left one."""
-    return 2 * prod(left_shape)
+    return 2 * int(prod(left_shape))
 
 
 class _Running:
