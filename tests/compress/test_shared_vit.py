@@ -48,9 +48,9 @@ def filled(module: Any, seed: int = 0, std: float = 0.4) -> Any:
 def shared(seed: int = 0, token: bool = True, **config: Any) -> Any:
     """A tiny ViT whose shared layers are far from zero, in eval mode."""
     model: Any = apply(made.student(token, seed), **config).model
-    for block in model.blocks:
-        filled(block.attn, seed)
-        filled(block.mlp, seed + 1)
+    for index, block in enumerate(model.blocks):
+        filled(block.attn, seed + 2 * index)
+        filled(block.mlp, seed + 2 * index + 1)
     return model.eval()
 
 
