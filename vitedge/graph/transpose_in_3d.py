@@ -1,8 +1,8 @@
 """Transpose a stored weight as a stack of one matrix, so that OpenVINO does not make the transposition a flag of the product.
 
 Three products of the same input, one of them with a weight that another has transposed (queries, keys and values of
-`vitedge.models.tied`), are fused by OpenVINO 2026.4 for the CPU into one whose flag is that of the first: square matrices give
-wrong answers without a word. A Transpose between two Reshapes is computed when the file is loaded, in every runtime, and its
+`vitedge.models.tied`), get wrong answers in OpenVINO 2026.4 on the CPU, without a word, where the matrices are square: likely they
+are fused into one product with one flag. A Transpose between two Reshapes is computed when the file is loaded, in every runtime, and its
 result is a plain weight.
 """
 
