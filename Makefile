@@ -22,7 +22,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Trains and measures on real data; needs VITEDGE_DATA and VITEDGE_WEIGHTS, took 6 minutes on two cores.
+# Trains and measures on real data; needs VITEDGE_DATA and VITEDGE_WEIGHTS, took 7 minutes on two cores.
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 7200
 

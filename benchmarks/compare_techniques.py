@@ -90,13 +90,13 @@ def plan(
 class Judge:
     """Top-1 of rows on the same images; builds split their data differently, the test images are the same."""
 
-    def __init__(self, images: Images) -> None:
-        self.images = images
+    def __init__(self, images: Images, threads: int) -> None:
+        self.images, self.threads = images, threads
 
     def __call__(self, artifact: Artifact, row: Row | None = None, runtime: str = "onnxruntime") -> Quality:
         """Of a row, or of a file in a runtime at fp32."""
         providers = {"onnxruntime": "CPUExecutionProvider", "pytorch": "cpu"}
-        return judge(row or Row(artifact, runtime, providers[runtime], "fp32", probe().usable_cores), self.images)[0]
+        return judge(row or Row(artifact, runtime, providers[runtime], "fp32", self.threads), self.images)[0]
 
 
 def compare_accuracy(
@@ -195,7 +195,8 @@ def show(results: dict[str, Any]) -> None:
     """The tables."""
     c = results["conditions"]
     print(f"{c['cpu']}, device {c['device']}, {c['threads']} threads, {c['versions']}, {c['date']}")
-    print(f"\n{'build':28} {'file':26} {'runtime':18} top-1   drop (untouched)        drop (continued)        PyTorch  agreement")
+    if "accuracy" in results:
+        print(f"\n{'build':28} {'file':26} {'runtime':18} top-1   drop (untouched)        drop (continued)        PyTorch  agreement")
     for e in results.get("accuracy", []):
         spans = [e["drop"].get(name) for name in ("untouched", "continued")]
         texts = [f"{s[0]:+6.2f} ({s[1]:+.2f} .. {s[2]:+.2f})" if s else "-" for s in spans]
@@ -207,7 +208,8 @@ def show(results: dict[str, Any]) -> None:
     print(f"\n{'build':28} {'file':28} {'MiB':>6}  smaller")
     for e in results["sizes"]:
         print(f"{e['build']:28} {e['file']:28} {e['size_bytes'] / 2**20:6.2f}  x{e['smaller']:.2f}")
-    print(f"\n{'build':28} {'file':26} {'runtime':18} {'it/s':>7}  ratios")
+    if "speed" in results:
+        print(f"\n{'build':28} {'file':26} {'runtime':18} {'it/s':>7}  ratios")
     for e in results.get("speed", []):
         said = "; ".join(
             f"x{r['ratio']:.2f} ({r['interval'][0]:.2f} .. {r['interval'][1]:.2f}) {r['relation']} than {r['to']}"
@@ -244,7 +246,7 @@ def main() -> int:
         results: dict[str, Any] = {"schema_version": 1, "conditions": conditions, "sizes": sizes(builds, untouched)}
         if options.only != "speed":
             images = find_images(untouched.folder, options.data, samples=options.samples)
-            results["accuracy"] = compare_accuracy(rows, Judge(images), untouched, continued)
+            results["accuracy"] = compare_accuracy(rows, Judge(images, conditions["threads"]), untouched, continued)
         if options.only != "accuracy":
             results["speed"] = compare_speed(rows, settings, conditions, untouched)
     except VitedgeError as error:

@@ -37,8 +37,8 @@ from vitedge.runtimes import onnxruntime as engine
 
 INPUT, OUTPUT = "pixels", "logits"
 # The exporter writes GELU so that ONNX Runtime does not recognise it; the second pass puts its factors in order.
-PASSES = ("strip_metadata", "reorder_gelu", "share_transposed")
-QUANTIZED_PASSES = ("strip_metadata", "reorder_gelu", "broadcast_bias", "narrow_weights", "share_transposed")
+PASSES = ("strip_metadata", "reorder_gelu", "share_transposed", "transpose_in_3d")
+QUANTIZED_PASSES = ("strip_metadata", "reorder_gelu", "broadcast_bias", "narrow_weights", "share_transposed", "transpose_in_3d")
 QUANTIZED_OPSET = 21  # the first with 4-bit integers and with scales per block
 # In a model that rounds, or that chooses tokens image by image, the last bit of a float can become a whole step or another token,
 # so its files are held to their answers.

@@ -204,7 +204,7 @@ def test_a_recipe_as_json_alone_on_stdout(here: Path, capsys: pytest.CaptureFixt
 def test_a_shipped_recipe_with_the_embedded_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "--recipe", "deit_tiny_int8", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["about"][0] == "weights: deit_tiny_patch4_32_cifar10.safetensors"
+    assert result["about"][0] == "weights: deit_tiny_distilled_patch4_32_cifar10.safetensors"
     assert "classes: 10, as the weights have" in result["about"]
     total = result["start"]["total"]
     assert 5e6 < total["params"] < 6e6 and total["bytes"] == 4 * total["params"] and total["macs"] > 64 * 5e6 and result["steps"] == []

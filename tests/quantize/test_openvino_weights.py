@@ -131,7 +131,7 @@ def test_a_matrix_that_is_used_twice_is_packed_for_each_use_and_that_is_said(
     """The float file stores six matrices, this one twelve; with patch embedding and classifier that are fourteen products."""
     graph = onnx.load(sharing.path).graph
     stored = [t.name for t in graph.initializer if list(t.dims) in ([16, 16], [16, 64], [64, 16])]
-    turned = [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in stored]
+    turned = [node for node in graph.node if node.op_type == "Reshape" and node.input[0] in stored]
     assert len(stored) == 6
     artifact = quantize(replace(job(tmp_path, "openvino", scheme), source=sharing), "openvino")
     found = artifact.notes["bytes"]

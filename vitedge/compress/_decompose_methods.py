@@ -98,7 +98,8 @@ def _evd(w_NN: torch.Tensor, rank: int) -> Pair:
     # Eigenvectors that should be parallel come out a hair apart, so that inverting them need not fail.
     if not torch.linalg.matrix_norm((vectors_NN @ rows_NN).real - w_NN) <= EIGEN_TOLERANCE * torch.linalg.matrix_norm(w_NN):
         raise torch.linalg.LinAlgError("the eigenvectors are no basis: the matrix is not diagonalizable")
-    left, right = [], []
+    left: list[torch.Tensor] = []
+    right: list[torch.Tensor] = []
     for k in values_N.abs().argsort(descending=True, stable=True).tolist():
         imaginary = float(values_N[k].imag)
         if imaginary < 0 or len(left) + (2 if imaginary else 1) > rank:  # a pair is taken with the eigenvalue above the real axis

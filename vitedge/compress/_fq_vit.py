@@ -47,8 +47,8 @@ def quantize_model(model: nn.Module, config: Config, x_BCHW: torch.Tensor, torch
     attentions, training = open_attention(model), model.training
     for name in attentions:
         if model.get_submodule(name).core is not None:
-            found = f"another kind in {name}"
-            raise UsageError("fq_vit", expected="softmax attention", found=found, fix="leave out the technique that replaced it")
+            fix = "leave out the technique that replaced it"
+            raise UsageError("fq_vit", expected="softmax attention", found=f"another kind in {name}", fix=fix)
     linears, norms = layers(model)
     products = [f"{name}.{slot}" for name in attentions for slot in ("on_query", "on_key", "on_value")]
     softmaxes = [f"{name}.softmax" for name in attentions]

@@ -65,9 +65,10 @@ def insert(model: nn.Module, where: Sequence[str], soft: bool, lr_scale: float) 
 
 
 def _gate(layer: nn.Linear, units: int, soft: bool, lr_scale: float) -> Gate:
-    gate = Gate(units, layer.in_features // units, soft).to(device=layer.weight.device, dtype=layer.weight.dtype)
+    gate: Gate = Gate(units, layer.in_features // units, soft).to(device=layer.weight.device, dtype=layer.weight.dtype)
     gate.a.lr_scale = lr_scale
-    return gate.train(layer.training)
+    gate.train(layer.training)
+    return gate
 
 
 def _stream_readers(model: nn.Module, blocks: Sequence[str]) -> list[str]:

@@ -122,7 +122,8 @@ def keep(scores: Scores, widths: Mapping[Place, int]) -> dict[Place, torch.Tenso
 def allowed_width(exact: float, full: int, step: int, minimum: int) -> int:
     """The nearest of the full width and the multiples of `step` below it that are no less than `minimum`; of two the wider."""
     allowed = [width for width in {*range(step, full, step), full} if width >= minimum] or [full]
-    return min(allowed, key=lambda width: (abs(width - exact), -width))
+    nearest: int = min(allowed, key=lambda width: (abs(width - exact), -width))
+    return nearest
 
 
 def deal(total: float, sizes_P: np.ndarray, importance_P: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ class SharedStage(nn.Sequential):  # type: ignore[misc]  # the library carries n
 
 def _changes(block: Any) -> bool:
     """Whether a block's output has other channels, or another size, than its input."""
-    return block.conv1.in_channels != block.conv3.out_channels or block.stride > 1
+    return bool(block.conv1.in_channels != block.conv3.out_channels or block.stride > 1)
 
 
 def share_(model: nn.Module, stages: Sequence[int], transitions: str) -> dict[str, SharedStage]:

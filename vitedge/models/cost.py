@@ -186,7 +186,7 @@ def _own_macs(model: nn.Module, shape_CHW: tuple[int, int, int]) -> defaultdict[
 
 def _vector_operations(left_shape: Any, right_shape: Any, out_shape: Any = None) -> int:
     """Operations of a matrix by a vector, or of two vectors: two for each value of the left one."""
-    return 2 * prod(left_shape)
+    return 2 * int(prod(left_shape))
 
 
 class _Running:
@@ -231,10 +231,16 @@ class _Running:
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     """The model as it answers, without gradients; every module's own mode comes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
+    # A view of a parameter, as a shared weight's transposition is, would still ask for the gradient that torch's counter then looks for.
+    for parameter in learned:
+        parameter.requires_grad_(False)
     try:
         with torch.no_grad():
             yield
     finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
