@@ -72,6 +72,11 @@ def test_the_wheel_ships_recipes_and_devices(bare_site: Path) -> None:
     devices = vitedge(bare_site, "devices", "list", "--json")
     assert devices.returncode == 0 and '"cpu"' in devices.stdout
     assert (bare_site / "vitedge" / "models" / "zoo").is_dir()
+    for command in ("study", "search"):
+        shipped = vitedge(bare_site, command, "--list", "--json")
+        assert shipped.returncode == 0, shipped.stderr
+        assert str(bare_site) in shipped.stdout
+    assert {path.suffix for path in (bare_site / "vitedge" / "report" / "assets").iterdir()} >= {".css", ".js"}
 
 
 def test_the_wheel_is_small_enough_for_a_board(bare_site: Path) -> None:

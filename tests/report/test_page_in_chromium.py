@@ -111,9 +111,9 @@ def test_plots_have_points(opened: Opened):
     assert count("#pareto-speed-0 path.point").count() == 4
     assert count("#pareto-speed-1 path.point").count() == 1
     assert count("#pareto-size path.point").count() == 4
-    assert count("#pareto-speed-0 path.js-line").count() == 1
+    assert count("#pareto-speed-0 .scatterlayer path.js-line").count() == 1
     assert count("#latency-0 path.box").count() == 4
-    assert count("#curves-loss path.js-line").count() == 1
+    assert count("#curves-loss .scatterlayer path.js-line").count() == 1
     assert count(".picture img").count() == 1
     assert opened.page.evaluate("() => document.querySelector('.picture img').naturalWidth") == 900
 

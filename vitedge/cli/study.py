@@ -188,10 +188,12 @@ def _show_table(path: Path) -> None:
     import shutil
 
     from vitedge.report.against import with_comparisons
+    from vitedge.report.comparable import with_warnings
     from vitedge.report.formats.table import render
     from vitedge.report.reading import read
 
-    click.echo(render(with_comparisons(read([path])), shutil.get_terminal_size((100, 24)).columns).rstrip())
+    table = with_warnings(with_comparisons(read([path])))
+    click.echo(render(table, shutil.get_terminal_size((100, 24)).columns).rstrip())
 
 
 @contextlib.contextmanager

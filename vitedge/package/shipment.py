@@ -16,8 +16,8 @@ from vitedge.recipe import Limits, Recipe, load_recipe
 from vitedge.runtimes import Target
 
 REPORT = "report.json"
-# Of a row, what travels: the figures and their conditions, not the thousands of raw samples.
-RAW = ("samples_ms", "rounds")
+# Of a row, what travels: the figures and their conditions, not the thousands of raw samples and answers.
+RAW = ("samples_ms", "rounds", "answers")
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[i
 def pareto_speed(table: Table) -> list[Figure]:
     """Top-1 against images per second, a plot per device and batch size: other places are other axes."""
     places = list(dict.fromkeys((row.device, row.measurement.batch_size) for row in table.measured if row.measurement))
-    made = []
+    made: list[Figure] = []
     for device, batch in places:
         rows = [row for row in table.measured if row.measurement and (row.device, row.measurement.batch_size) == (device, batch)]
         title = f"Top-1 against images/s on {device}, batch {batch}"
@@ -172,7 +172,7 @@ def _hover(row: Row) -> str:
 
 def latencies(table: Table) -> list[Figure]:
     """Times of single inferences, a box per row, a plot per device at its smallest batch size."""
-    made = []
+    made: list[Figure] = []
     for device in dict.fromkeys(row.device for row in table.measured):
         own = [row for row in table.measured if row.device == device and row.measurement and any(row.measurement.samples_ms)]
         if not own:

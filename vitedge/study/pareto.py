@@ -31,7 +31,7 @@ def non_dominated(values_NK: np.ndarray, larger_is_better: Sequence[bool]) -> np
         chunk_CK = signed_NK[start : start + _CHUNK]
         no_worse_CN = (signed_NK[None, :, :] >= chunk_CK[:, None, :]).all(axis=2)
         better_CN = (signed_NK[None, :, :] > chunk_CK[:, None, :]).any(axis=2)
-        kept_N[start : start + _CHUNK] = ~(no_worse_CN & better_CN).any(axis=1)
+        kept_N[start : start + _CHUNK] = ~np.any(no_worse_CN & better_CN, axis=1)
     return kept_N
 
 

@@ -251,7 +251,7 @@ def _is_lost(trial: optuna.trial.FrozenTrial) -> bool:
     try:
         process = psutil.Process(signed["pid"])
         started: float = process.create_time()
-        return abs(started - signed["started"]) > _SAME_START_S or process.status() == psutil.STATUS_ZOMBIE
+        return bool(abs(started - signed["started"]) > _SAME_START_S) or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 
