@@ -90,7 +90,7 @@ def test_two_steps_in_parts_over_two_processes(tmp_path: Path, colours: Path) ->
 def test_a_killed_process_ends_the_run_and_the_checkpoint_is_good(
     alone: tuple[Path, Path, dict[str, Any]], tmp_path: Path, colours: Path
 ) -> None:
-    recipe, out = recipe_of(tmp_path, colours, steps=600, checkpoint_every=5, evaluate_every=600), tmp_path / "out"
+    recipe, out = recipe_of(tmp_path, colours, steps=200, checkpoint_every=5, evaluate_every=200), tmp_path / "out"
     start = [sys.executable, "-m", "vitedge", "train", "--recipe", str(recipe), "-o", str(out), "--processes", "2"]
     running = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     state = out / ".work" / "step0" / "train.state.pt"
@@ -108,11 +108,11 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_is_good(
     import torch
 
     step = torch.load(state, weights_only=True)["step"]
-    assert 5 <= step < 600 and not (out / "checkpoint.safetensors").exists()
+    assert 5 <= step < 200 and not (out / "checkpoint.safetensors").exists()
     again = vitedge(*command(recipe, out))
     assert again.returncode == 0 and f"resumed at step {step}" in again.stderr, again.stderr
     steps = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "lr" in line]
-    assert steps == list(range(10, 601, 10))
+    assert steps == list(range(10, 201, 10))
 
 
 def test_sigterm_stops_all_processes_with_a_state_saved(tmp_path: Path, colours: Path) -> None:
