@@ -179,7 +179,7 @@ def test_the_arithmetic_is_in_the_file(exported: Path) -> None:
 
 def test_what_cannot_be_quantized_is_refused() -> None:
     model, _ = apply()
-    with pytest.raises(UsageError, match="one that is quantized"):
+    with pytest.raises(UsageError, match="a quantized one"):
         fq_vit.apply(model, fq_vit.Config(), made.context(Path("builds")))
     with pytest.raises(UsageError, match="a timm ViT or DeiT"):
         fq_vit.apply(made.teacher_model(), fq_vit.Config(), made.context(Path("builds")))

@@ -19,6 +19,7 @@ from torch import nn
 from tests.compress import made
 from vitedge import plugins
 from vitedge.compress import Compressed
+from vitedge.errors import UsageError
 from vitedge.export import to_onnx
 from vitedge.models.build import CheckpointMeta, load_checkpoint, save_checkpoint
 from vitedge.models.heads import classifier_names
@@ -57,6 +58,8 @@ def cases(names: list[str]) -> list[Any]:
 
 # Those whose result is not the architecture's own modules.
 REBUILT = [name for name in TECHNIQUES if hasattr(plugins.load("compress", name), "rebuild")]
+# Those that end in integers: exported files carry their scheme.
+QUANTIZING = [name for name in REBUILT if hasattr(plugins.load("compress", name), "scheme")]
 on_every_student = pytest.mark.parametrize(("name", "student"), cases(TECHNIQUES))
 
 
@@ -130,6 +133,20 @@ def test_the_forward_shape_is_kept(name: str, student: CheckpointMeta, builds: P
     assert converted.eval()(x_BCHW).shape == (6, 4)
     assert converted.train()(x_BCHW).shape == (6, 4)
     json.dumps(compressed.notes)
+
+
+@pytest.mark.parametrize("first", QUANTIZING)
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_model_that_learns_to_round_is_left_alone_or_refused(name: str, first: str, builds: Path) -> None:
+    """Between a quantizing technique and its conversion nothing may take its layers away without a word."""
+    model = apply(first, builds, VITS[0], model_of(VITS[0])).model
+    before = {key: (type(module), id(module)) for key, module in model.named_modules()}
+    try:
+        after = apply(name, builds, VITS[0], model).model
+    except UsageError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert {key: (type(module), id(module)) for key, module in after.named_modules()} == before
 
 
 @on_every_student

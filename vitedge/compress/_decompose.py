@@ -19,7 +19,7 @@ from torch import nn
 from vitedge.compress._decompose_methods import reconstruction
 from vitedge.errors import InputError, UsageError, closest
 from vitedge.models.factored import FactoredLinear, factored_layer
-from vitedge.models.quantized import is_quantized
+from vitedge.models.quantized import rounds
 
 if TYPE_CHECKING:
     from vitedge.compress.decompose import Config, Method
@@ -43,7 +43,7 @@ def find_layers(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
         UsageError: The model is quantized, a pattern matches none, or a layer is not one that can be decomposed so.
         InputError: A weight is infinite or NaN.
     """
-    if is_quantized(model):
+    if rounds(model):
         raise UsageError(
             "decompose", expected="a float model", found="a quantized one", fix="put `decompose` before the step that quantizes"
         )

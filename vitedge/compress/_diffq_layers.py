@@ -21,7 +21,7 @@ from vitedge.compress._diffq import MIB, BitPlan, GroupBits
 from vitedge.compress._mixed_weight import MixedWeight, grids, integers
 from vitedge.errors import UsageError
 from vitedge.models.heads import classifier_names
-from vitedge.models.quantized import check_roundable, quantized_layer
+from vitedge.models.quantized import LearnsToRound, check_roundable, quantized_layer
 from vitedge.numerics import dequantize, grouped, ungrouped
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def noisy(w_OI: torch.Tensor, bits_OG: torch.Tensor, unit_OI: torch.Tensor, grou
     return (w_OI if clip is None else torch.clamp(w_OI, low, high)) + noise_OI
 
 
-class NoisyLayer:
+class NoisyLayer(LearnsToRound):
     """What a layer with noise on its weight has in common with another.
 
     Attributes:
@@ -148,10 +148,9 @@ def prepare(model: nn.Module, config: Config, context: Context) -> BitPlan:
     """Give a model's layers noise on their weights, in place, and learned widths; the plan becomes its module `diffq`.
 
     Raises:
-        UsageError: No layer is left to quantize, the target is below what the least widths take, or the model has gates or shares weights.
+        UsageError: No layer is left to quantize, the target is below what the least widths take, or the model is quantized, has gates or
+            shares weights.
     """
-    if any(isinstance(module, NoisyLayer) for module in model.modules()):
-        raise UsageError("diffq", expected="a model without DiffQ", found="one with it", fix="name `diffq` once in steps")
     check_roundable(model, "diffq")
     chosen = _chosen(model, config)
     ends = {*classifier_names(model), *(name for name, layer in chosen.items() if isinstance(layer, nn.Conv2d))}

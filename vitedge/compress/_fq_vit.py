@@ -100,10 +100,8 @@ def layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Names of the layers with weights to quantize, and of the LayerNorms.
 
     Raises:
-        UsageError: There are none, or the model is quantized already.
+        UsageError: There are none.
     """
-    if quantized.is_quantized(model):
-        raise UsageError("fq_vit", expected="a model in float", found="one that is quantized", fix="quantize it once: remove a step")
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
     if not linears or not norms:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
-from vitedge.models.quantized import ActivationQuantizer, QuantizedLinear, QuantizedPatchEmbedding, quantized_layer
+from vitedge.models.quantized import ActivationQuantizer, LearnsToRound, QuantizedLinear, QuantizedPatchEmbedding, quantized_layer
 from vitedge.numerics import Grid, quantize
 
 # Which activations have a sign, and which an offset.
@@ -86,7 +86,7 @@ def zero_point_of(step: torch.Tensor, offset: torch.Tensor, lowest: int, highest
     return torch.round(-offset / step).clamp(lowest, highest)
 
 
-class LearnedQuantizer(nn.Module):  # type: ignore[misc]
+class LearnedQuantizer(LearnsToRound, nn.Module):  # type: ignore[misc]
     """Rounds to a grid whose step, and offset where there is one, are learned.
 
     Args:

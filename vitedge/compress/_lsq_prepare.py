@@ -20,7 +20,7 @@ from vitedge.compress._lsq import OFFSET, SIGNED, SLOTS, LearnedLinear, LearnedP
 from vitedge.errors import InputError, UsageError, closest
 from vitedge.models.attention import open_attention
 from vitedge.models.heads import classifier_names
-from vitedge.models.quantized import check_roundable, is_quantized, quantized_layer
+from vitedge.models.quantized import check_roundable, quantized_layer
 from vitedge.numerics import Grid, fake_quantize, parameters
 
 if TYPE_CHECKING:
@@ -45,10 +45,6 @@ def prepare(model: nn.Module, config: Config, x_BCHW: torch.Tensor, target: torc
         UsageError: The model is quantized already, has gates or shares weights, or `config` does not fit it.
         InputError: Activations are infinite or NaN.
     """
-    if is_quantized(model) or any(isinstance(module, LearnedQuantizer) for module in model.modules()):
-        raise UsageError(
-            "lsq", expected="a model in float", found="a quantized one", fix="name one quantizing technique in `steps:`, and name it once"
-        )
     check_roundable(model, "lsq")
     kinds, excluded = _find(model, config)
     starts = ("lsq", "mse") if config.start == "best" else (config.start,)

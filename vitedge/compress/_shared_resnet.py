@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from vitedge.errors import UsageError
-from vitedge.models.quantized import is_quantized
+from vitedge.models.quantized import rounds
 
 
 class SharedBottleneck(nn.Module):  # type: ignore[misc]  # the library carries no types
@@ -116,7 +116,7 @@ def share_(model: nn.Module, stages: Sequence[int], transitions: str) -> dict[st
     """
     from timm.models.resnet import ResNet
 
-    if is_quantized(model):
+    if rounds(model):
         raise UsageError(
             "shared_resnet", expected="a float model", found="a quantized one", fix="put `shared_resnet` before the step that quantizes"
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from vitedge.errors import UsageError
 from vitedge.models.attention import OpenAttention
-from vitedge.models.quantized import is_quantized
+from vitedge.models.quantized import rounds
 from vitedge.models.tied import TiedAttention, TiedMlp
 
 STD = 0.02  # of a ViT's first weights, in timm and in DeiT
@@ -30,7 +30,7 @@ def tie_(model: nn.Module, attention: bool, mlp: bool, attention_bias: bool) -> 
     Raises:
         UsageError: A layer cannot be shared; then nothing was replaced.
     """
-    if is_quantized(model):
+    if rounds(model):
         raise UsageError(
             "shared_vit", expected="a float model", found="a quantized one", fix="put `shared_vit` before the step that quantizes"
         )

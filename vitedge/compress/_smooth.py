@@ -19,7 +19,7 @@ from torch import nn
 from vitedge.calibration import observer
 from vitedge.errors import UsageError, VitedgeError
 from vitedge.models.heads import classifier_names
-from vitedge.models.quantized import is_quantized
+from vitedge.models.quantized import rounds
 from vitedge.models.tied import TiedAttention, TiedMlp
 from vitedge.numerics import Grid
 
@@ -52,7 +52,7 @@ def find_folds(model: nn.Module, kinds: Sequence[str]) -> list[Fold]:
     Raises:
         UsageError: There are no transformer blocks, the model is quantized, or a fold's layers are not what it needs.
     """
-    if is_quantized(model):
+    if rounds(model):
         raise UsageError("smooth", expected="a float model", found="a quantized one", fix="put `smooth` before the step that quantizes")
     blocks = [n for n, m in model.named_modules() if all(hasattr(m, part) for part in ("norm1", "attn", "norm2", "mlp"))]
     if not blocks:

@@ -77,7 +77,7 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     every top-1 on the way is one of a model that has the target's size.
 
     Raises:
-        UsageError: No layer is left to quantize, a pattern fits none, the target is too small, or the model has DiffQ already, gates, or
+        UsageError: No layer is left to quantize, a pattern fits none, the target is too small, or the model is quantized, has gates or
             shared weights.
     """
     from vitedge.compress._diffq import SizePenalty

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vitedge.errors import UsageError
-from vitedge.models.quantized import is_quantized
+from vitedge.models.quantized import rounds
 
 PARTS = ("norm1", "attn", "norm2", "mlp")
 
@@ -20,7 +20,7 @@ def block_names(model: nn.Module, technique: str) -> list[str]:
     Raises:
         UsageError: The model is quantized, or has no such blocks.
     """
-    if is_quantized(model):
+    if rounds(model):
         raise UsageError(
             technique, expected="a float model", found="a quantized one", fix=f"put `{technique}` before the step that quantizes"
         )

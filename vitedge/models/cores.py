@@ -19,7 +19,7 @@ from torch import nn
 
 from vitedge.errors import UsageError, closest
 from vitedge.models.attention import open_attention
-from vitedge.models.quantized import is_quantized
+from vitedge.models.quantized import rounds
 
 WIDE = (torch.float32, torch.float64)
 POINTS = ("on_query", "on_key", "on_value", "on_weights")  # of OpenAttention, where something else may act on softmax attention
@@ -107,7 +107,7 @@ def exchange_cores(
 
 def find_slots(model: nn.Module, technique: str, patterns: Sequence[str], x_BCHW: torch.Tensor) -> list[Slot]:
     """The attention of every block that a pattern names, opened, in order; arguments and errors as of `exchange_cores`."""
-    if is_quantized(model):
+    if rounds(model):
         raise UsageError(
             technique, expected="a float model", found="a quantized one", fix=f"put `{technique}` before the step that quantizes"
         )

@@ -291,13 +291,22 @@ def quantized_layer(
     raise UsageError("quantized layer", expected="a linear layer or a patch embedding", found=type(layer).__name__, fix="exclude it")
 
 
+class LearnsToRound:
+    """Mark of a layer that a quantizing technique gives a model while it trains, and that its `convert` takes away again."""
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether a model has integers in it, so that its exported file is int8 or less and not fp32."""
     return any(isinstance(module, (ActivationQuantizer, IntegerWeight)) for module in model.modules())
 
 
+def rounds(model: nn.Module) -> bool:
+    """Whether a model is quantized, or learns to be in the `train` steps to come: nothing else may change its layers then."""
+    return is_quantized(model) or any(isinstance(module, LearnsToRound) for module in model.modules())
+
+
 def check_roundable(model: nn.Module, technique: str) -> None:
-    """Refuse a float model with weights that cannot each be rounded where they are: ones behind gates, ones that are used twice.
+    """Refuse a model with weights that cannot each be rounded where they are: rounded already, behind gates, or used twice.
 
     A layer that takes the place of a gated one would drop its gates. A matrix that is used as it is and transposed has outputs along
     both of its axes, each of which asks for scales of its own.
@@ -309,6 +318,13 @@ def check_roundable(model: nn.Module, technique: str) -> None:
     Raises:
         UsageError: There are such weights.
     """
+    if rounds(model):
+        raise UsageError(
+            technique,
+            expected="a model in float",
+            found="a quantized one",
+            fix="name one quantizing technique in `steps:`, and name it once",
+        )
     gated = next(iter(gated_layers(model)), None)
     if gated is not None:
         raise UsageError(

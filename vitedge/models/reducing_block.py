@@ -17,7 +17,7 @@ from torch import nn
 from vitedge.errors import UsageError
 from vitedge.models.attention import OpenAttention, open_attention
 from vitedge.models.cost import count
-from vitedge.models.quantized import is_quantized
+from vitedge.models.quantized import rounds
 
 # A block's modules, by timm's names.
 _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
@@ -74,7 +74,7 @@ def check_reducible(model: nn.Module, technique: str) -> None:
     def refuse(expected: str, found: str, fix: str) -> UsageError:
         return UsageError(technique, expected=expected, found=found, fix=fix)
 
-    if is_quantized(model):
+    if rounds(model):
         raise refuse("a float model", "a quantized one", f"put `{technique}` before the step that quantizes")
     if not isinstance(model, VisionTransformer):
         raise refuse("a timm ViT or DeiT", type(model).__name__, "choose one as model.arch")

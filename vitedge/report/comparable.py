@@ -14,6 +14,7 @@ from vitedge.bench.compare import HOST
 from vitedge.bench.records import Measurement
 from vitedge.report.records import Row, Table
 
+MOST_NAMES = 3
 # Beginnings of reasons in `vitedge.bench.compare` that have a warning of their own here.
 SAID = ("another host", "another run", "other images", "top-1 of")
 
@@ -33,6 +34,12 @@ def grouped(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
             found.setdefault(text, []).append(_name(row))
     count = sum(row.measurement is not None for row in rows)
     return [(text, names if len(names) < count or count == 1 else ["all rows"]) for text, names in found.items()]
+
+
+def whom(names: Sequence[str]) -> str:
+    """The rows a warning is about, in a line: the first of them, and how many more; the rows themselves carry it too."""
+    shown = ", ".join(names[:MOST_NAMES])
+    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES} more rows"
 
 
 def _name(row: Row) -> str:

@@ -285,6 +285,7 @@ def _says(shown: Shown) -> bool:
 
 
 def brief(grid: Grid) -> tuple[Sequence[Head], list[list[Shown]]]:
-    """The columns that fit a terminal."""
-    kept = [index for index, head in enumerate(grid.heads) if head.brief]
+    """The columns that fit a terminal; the device's only where rows differ in it."""
+    devices = len({tag["device"] for tag in grid.tags})
+    kept = [index for index, head in enumerate(grid.heads) if head.brief or (head.title == "device" and devices > 1)]
     return [grid.heads[index] for index in kept], [[line[index] for index in kept] for line in grid.lines]

@@ -48,7 +48,7 @@ def read(paths: Sequence[Path], pictures: Path | None = None) -> Table:
     found = _Found()
     for path in dict.fromkeys(paths):
         _read_one(path, found)
-    rows = _once(found.rows)
+    rows = _named_apart(_once(found.rows))
     if not rows and found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         raise InputError("report", expected="measurements", found=f"{found.problems[0]}{more}", fix="mend or leave out the file")
@@ -59,7 +59,9 @@ def read(paths: Sequence[Path], pictures: Path | None = None) -> Table:
             found="none",
             fix="run `vitedge bench` or `vitedge study` first",
         )
-    title = " and ".join(dict.fromkeys(found.titles)) or ", ".join(dict.fromkeys(row.label for row in rows[:3]))
+    labels = list(dict.fromkeys(row.label for row in rows))
+    more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+    title = " and ".join(dict.fromkeys(found.titles)) or f"{', '.join(labels[:3])}{more}"
     return Table(title, tuple(rows), tuple(found.problems), tuple(found.left_out), pictures)
 
 
@@ -174,6 +176,21 @@ def _once(rows: Sequence[Row]) -> list[Row]:
         elif row.study or _identity(row) not in in_studies:
             kept.setdefault((*_identity(row), row.label, row.study), row)
     return list(kept.values())
+
+
+def _named_apart(rows: Sequence[Row]) -> list[Row]:
+    """Builds of one recipe whose files differ are told apart by their folders: two rows of one name would be taken for one model."""
+    files: dict[str, dict[str, set[str]]] = {}
+    for row in rows:
+        if row.measurement is not None and not row.study:
+            files.setdefault(row.label, {}).setdefault(row.measurement.artifact, set()).add(row.measurement.sha256)
+    clashing = {label for label, hashes in files.items() if any(len(each) > 1 for each in hashes.values())}
+    return [replace(row, label=_placed(row)) if not row.study and row.label in clashing else row for row in rows]
+
+
+def _placed(row: Row) -> str:
+    folder = Path(row.source).stem if row.build is None else row.build.name
+    return row.label if folder == row.label else f"{row.label} ({folder})"
 
 
 def _identity(row: Row) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import html
 import json
+import textwrap
 from typing import TYPE_CHECKING
 
 from vitedge.errors import extra_missing
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from vitedge.report.records import Table
 
 SUFFIX = ".html"
-LONG = 60  # characters from which a cell is set small
+LONG = 60  # characters from which a cell is folded
 
 
 def render(table: Table, width: int) -> str:
@@ -41,9 +42,9 @@ def render(table: Table, width: int) -> str:
     drawn, damaged = figures(table)
     pictures, not_shown = load_pictures(table)
     tables = grids(table)
-    warned = [(text, ", ".join(names)) for text, names in grouped(table.rows)]
-    warned += [("not read", problem) for problem in (*table.problems, *damaged)]
-    warned += [("left out", line) for line in (*table.left_out, *not_shown)]
+    warned = grouped(table.rows)
+    warned += [("not read", [problem]) for problem in (*table.problems, *damaged)]
+    warned += [("left out", [line]) for line in (*table.left_out, *not_shown)]
     sections = [(grid.name, grid.title, _grid(grid)) for grid in tables]
     plots = {"plots": "Accuracy against speed and size", "latencies": "Latencies", "curves": "Training curves"}
     kinds = {"pareto": "plots", "latency": "latencies", "curves": "curves"}
@@ -138,11 +139,21 @@ def _made() -> str:
     )
 
 
-def _warnings(warned: Sequence[tuple[str, str]]) -> str:
+def _warnings(warned: Sequence[tuple[str, Sequence[str]]]) -> str:
     if not warned:
         return ""
-    lines = "".join(f"<li><strong>{_text(text)}</strong>: {_text(whom)}</li>" for text, whom in warned)
+    lines = "".join(f"<li>{_warning(text, names)}</li>" for text, names in warned)
     return f'<aside class="warnings" aria-label="Warnings"><h2>Read with care</h2><ul>{lines}</ul></aside>'
+
+
+def _warning(text: str, names: Sequence[str]) -> str:
+    """A warning and its rows, folded where they are many."""
+    from vitedge.report.comparable import MOST_NAMES
+
+    said = f"<strong>{_text(text)}</strong>"
+    if len(names) <= MOST_NAMES:
+        return f"{said}: {_text(', '.join(names))}"
+    return f"<details><summary>{said}: {len(names)} rows</summary>{_text(', '.join(names))}</details>"
 
 
 def _grid(grid: Grid) -> str:
@@ -189,7 +200,10 @@ def _cell(head: Head, shown: Shown, first: bool) -> str:
     if head.numeric:
         order = "" if shown.order is None else f' data-order="{shown.order!r}"'
         return f'<td class="num"{order}>{inner}</td>'
-    return f'<td class="text{" long" if len(shown.text) > LONG else ""}">{inner}</td>'
+    if len(shown.text) > LONG:
+        first = _text(textwrap.shorten(shown.text, LONG, placeholder=" ..."))
+        return f'<td class="text long"><details><summary>{first}</summary>{inner}</details></td>'
+    return f'<td class="text">{inner}</td>'
 
 
 def _figure(figure: Figure) -> str:

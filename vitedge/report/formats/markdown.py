@@ -16,13 +16,13 @@ _ESCAPED = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{sign: f"\\{
 
 def render(table: Table, width: int) -> str:
     """The report as Markdown."""
-    from vitedge.report.comparable import conditions_of, grouped
+    from vitedge.report.comparable import conditions_of, grouped, whom
     from vitedge.report.grids import grids
 
     parts = [f"# {_text(table.title)}"]
     for grid in grids(table):
         parts += [f"## {grid.title}", _text(grid.note), _draw(grid)]
-    warned = [f"- {_text(text)}: {_text(', '.join(names))}" for text, names in grouped(table.rows)]
+    warned = [f"- {_text(text)}: {_text(whom(names))}" for text, names in grouped(table.rows)]
     warned += [f"- not read: {_text(problem)}" for problem in table.problems]
     warned += [f"- left out: {_text(line)}" for line in table.left_out]
     if warned:

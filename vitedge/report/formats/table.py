@@ -18,7 +18,7 @@ def render(table: Table, width: int) -> str:
     """The report as text of at most `width` columns where its words allow that."""
     from rich.console import Console
 
-    from vitedge.report.comparable import conditions_of, grouped
+    from vitedge.report.comparable import conditions_of, grouped, whom
     from vitedge.report.grids import grids
 
     stream = io.StringIO()
@@ -32,7 +32,7 @@ def render(table: Table, width: int) -> str:
         if row.failure:
             console.print(f"not measured: {row.label}{f' on {row.device}' if row.device else ''}: {row.failure}", markup=False)
     for text, names in grouped(table.rows):
-        console.print(f"! {text}: {', '.join(names)}", markup=False)
+        console.print(f"! {text}: {whom(names)}", markup=False)
     for line in (*(f"not read: {problem}" for problem in table.problems), *(f"left out: {line}" for line in table.left_out)):
         console.print(line, markup=False)
     for lines in conditions_of(table.rows):
