@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -205,13 +206,12 @@ def _translations() -> dict[Any, Any]:
     }
 
 
-def check(artifact: Artifact, runtime: str, session: Session, job: ExportJob, reference_BC: np.ndarray) -> dict[str, Any]:
-    """Compare a file in a runtime's session with the logits it must give.
+def check(artifact: Artifact, runtime: str, session: Session, job: ExportJob, reference_BC: np.ndarray, batch_size: int) -> dict[str, Any]:
+    """Compare a file in a runtime's session with the logits it must give, on batches of a size that the session takes.
 
     Raises:
         GateError: They differ.
     """
-    batch_size = int(artifact.notes.get("batch_size", 0)) or min(32, len(job.x_BCHW))
     logits_BC = np.concatenate([session(job.x_BCHW[i : i + batch_size]) for i in range(0, len(job.x_BCHW), batch_size)])
     result = parity(reference_BC, logits_BC)
     where, found = f"{artifact.path} in {runtime}", f"top1_agreement {result.top1_agreement:.2f} %"
@@ -259,14 +259,17 @@ def _save(job: ExportJob, proto: onnx.ModelProto, name: str, reference_BC: np.nd
             tools=tool_versions(["torch", "onnx", "onnxscript", "timm"]),
         )
         fixed = notes.get("batch_size")
+        batch_size = fixed or math.gcd(len(job.x_BCHW), 32)
         session = engine.load(artifact, Target(engine.CPU, threads=1, batch_size=fixed))
-        found = {"parity": check(artifact, "onnxruntime", session, job, reference_BC)}
+        found = {"parity": check(artifact, "onnxruntime", session, job, reference_BC, batch_size)}
         if job.quantized:
             found["node_counts"] = dict(session.facts.node_counts)
         openvino = plugins.load("runtimes", "openvino")
         if job.discrete and openvino.available().version:
-            session = openvino.load(artifact, Target("CPU", threads=1, batch_size=fixed))
-            found["parity_openvino"] = check(artifact, "openvino", session, job, reference_BC)
+            # A fixed batch, as it is benched and shipped: of a dynamic one OpenVINO 2026.4 leaves every rounding outside its kernels and
+            # gives other answers (the same class as PyTorch on 96.9 % of images, not 99.6, for a DeiT-Ti of LSQ W4A4).
+            session = openvino.load(artifact, Target("CPU", threads=1, batch_size=batch_size))
+            found["parity_openvino"] = check(artifact, "openvino", session, job, reference_BC, batch_size)
     return replace(artifact, files=(path,), notes={**artifact.notes, **found})
 
 
