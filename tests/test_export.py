@@ -68,10 +68,10 @@ def test_a_discrete_models_file_may_differ_on_one_image_in_a_hundred(discrete: b
     session: Any = lambda x_BCHW: next(given)  # noqa: E731 - a session is called
     if fails:
         with pytest.raises(GateError) as caught:
-            check(artifact, "onnxruntime", session, held, reference_BC, batch_size=4)
+            check(artifact, "onnxruntime", session, held, reference_BC, batch_size=32)
         assert "\n" not in str(caught.value) and ("reduce fewer tokens" in str(caught.value)) == discrete
     else:
-        assert check(artifact, "onnxruntime", session, held, reference_BC, batch_size=4)["images"] == IMAGES
+        assert check(artifact, "onnxruntime", session, held, reference_BC, batch_size=32)["images"] == IMAGES
 
 
 def test_the_files_of_a_model_that_merges_tokens_are_checked_in_both_runtimes(tmp_path: Path) -> None:
