@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_a_dry_run_says_what_is_shared_how_long_and_how_large_and_writes_nothing
     assert plan["tasks"][1]["needs"] == [plan["tasks"][0]["key"]]
     assert plan["seconds_estimated"] > 0 and plan["mib_estimated"] > 0
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_device_that_is_not_here_is_one_line_of_a_dry_run(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitedge import host
+
+    monkeypatch.setattr("vitedge.study.run.probe_host", lambda: host.Host(**{**vars(host.probe_host()), "gpus": ()}))
+    assert run(["study", str(write_study(tmp_path, colours)), "--dry-run", "--device", "cuda", "-o", "out"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "cuda" in line]
+    assert len(lines) == 1 and re.match(r"not on cuda: \d rows: device cuda: expected an NVIDIA GPU, found ", lines[0])
 
 
 def test_the_shipped_studies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,9 +127,14 @@ def _show_plan(plan: Plan, as_json: bool) -> int:
         return 0
     names = {task.key: task.label for task in plan.tasks}
     for task, state, guess in shown:
+        if state != "done" and task.device in unavailable:
+            continue
         needs = ", ".join(names[key] for key in task.needs)
-        about = "done" if state == "done" else unavailable.get(task.device) or f"about {_minutes(guess.seconds)}"
+        about = "done" if state == "done" else f"about {_minutes(guess.seconds)}"
         click.echo(f"{task.name}: {about}{f'; starts from {needs}' if needs else ''}")
+    for name, reason in unavailable.items():
+        count = sum(task.device == name and state != "done" for task, state, _ in shown)
+        click.echo(f"not on {name}: {count} row{'' if count == 1 else 's'}: {reason}")
     for name, seconds in measuring.items():
         click.echo(f"measuring all rows on {name}: about {_minutes(seconds)}")
     size = f"{disk:.0f} MiB of new files{f', {unknown} builds of unknown size not counted' if unknown else ''}"
