@@ -56,8 +56,16 @@
 
   function scheme() { return dark.matches ? DARK : LIGHT; }
 
-  draw(scheme()).then(function () { document.documentElement.setAttribute("data-drawn", String(figures.length)); });
-  dark.addEventListener("change", function () { draw(scheme()); });
-  window.addEventListener("beforeprint", function () { draw(LIGHT); });
-  window.addEventListener("afterprint", function () { draw(scheme()); });
+  // The library is text until the tables are there to be read: compiling its megabytes first would hold them up.
+  function start() {
+    const library = document.createElement("script");
+    library.textContent = document.getElementById("plotly").textContent;
+    document.head.append(library);
+    draw(scheme()).then(function () { document.documentElement.setAttribute("data-drawn", String(figures.length)); });
+    dark.addEventListener("change", function () { draw(scheme()); });
+    window.addEventListener("beforeprint", function () { draw(LIGHT); });
+    window.addEventListener("afterprint", function () { draw(scheme()); });
+  }
+
+  window.addEventListener("load", function () { setTimeout(start, 0); });
 })();

@@ -1,7 +1,7 @@
 """One HTML page with everything in it: sortable tables, plots, pictures. It opens offline, and nothing it holds can reach a network.
 
 Its Content-Security-Policy allows no connection of any kind, and of scripts only the three that stand in it, by their
-hash: a label that is taken for a script stays text. Plotly's library is inlined whole.
+hash: a label that is taken for a script stays text. Plotly's library is in it whole, and runs once the page is loaded.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ def render(table: Table, width: int) -> str:
     body = f"{_header(table, sections)}<main>{_noscript()}{_warnings(warned)}"
     body += "".join(f'<section id="{name}"><h2>{_text(title)}</h2>{inner}</section>' for name, title, inner in sections)
     body += f'</main><footer class="soft"><p id="said" role="status"></p><p>{_made()}</p></footer>'
-    scripts = [_asset("tables.js"), plotly, _asset("plots.js")]
-    return _page(table.title, body, _data(drawn), scripts)
+    return _page(table.title, body, _data(drawn), plotly, [_asset("tables.js"), _asset("plots.js")])
 
 
 def _plotly() -> str:
@@ -82,10 +81,10 @@ def _asset(name: str) -> str:
     return (files("vitedge.report") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _page(title: str, body: str, data: str, scripts: Sequence[str]) -> str:
+def _page(title: str, body: str, data: str, library: str, scripts: Sequence[str]) -> str:
     # A browser ends a script at the first closing tag, and hashes what is left after turning line ends into \n.
-    safe = [_inline(script) for script in scripts]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in safe)
+    library, *safe = [_inline(script) for script in (library, *scripts)]
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in (library, *safe))
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
     return "\n".join(
         [
@@ -96,6 +95,7 @@ def _page(title: str, body: str, data: str, scripts: Sequence[str]) -> str:
             f"<style>\n{_asset('report.css')}</style>\n</head>\n<body>",
             body,
             f'<script type="application/json" id="figures">{data}</script>',
+            f'<script type="text/plain" id="plotly">{library}</script>',
             *(f"<script>{script}</script>" for script in safe),
             "</body>\n</html>\n",
         ]
