@@ -14,12 +14,13 @@ from tests import tiny
 from tests.guard.made import HOSTILE, LAYERS, guard_job, pictures, write_folder, write_hostile
 from tests.recipes_for_tests import write_recipe
 from vitedge import plugins
-from vitedge.artifact import Artifact, hash_files
+from vitedge.artifact import Artifact, Manifest, hash_files
 from vitedge.cli.main import run
 from vitedge.errors import FileProblems, InputError, UsageError
 from vitedge.evaluate import evaluate
 from vitedge.guard import MET, NO_LAYER_LEFT, TIME_UP, GuardJob, can_guard, guard
 from vitedge.guard.judge import PROVIDERS
+from vitedge.guard.layers import find_layers, open_float
 from vitedge.recipe import load_recipe, recipe_from_plain
 from vitedge.runtimes import Target
 
@@ -188,7 +189,8 @@ def test_the_command_line_tells_every_layer_and_why_it_stopped(
     captured = capsys.readouterr()
     found = json.loads(captured.out)["artifacts"][0]["guard"]
     assert found["met"] and found["float_layers"] == [HOSTILE] and found["images"] == 60
-    for word in (*LAYERS, "SQNR", "loss change", "float", "limit met", "3.0 of 60 images", "1 layers in float, 3 quantized"):
+    modules = ("patch_embed", "fc1", "fc2", "head")  # that the weights are named after
+    for word in (*modules, "SQNR", "loss change", "float", "limit met", "3.0 of 60 images", "1 layers in float, 3 quantized"):
         assert word in captured.err, word
     assert "warning" not in captured.err
 
@@ -243,6 +245,13 @@ def test_a_recipe_is_guarded_and_its_settings_are_part_of_the_key(
     found = artifacts["model.int8_static.onnx"]["notes"]["guard"]
     assert found["met"] and found["images"] == 24 and artifacts["model.int8_static.onnx"]["recipe"] == "small"
     assert "guard of model.int8_static.onnx: limit met" in captured.err
+
+    # People know layers by their modules, not by what the exporter calls nodes.
+    manifest = Manifest.load(tmp_path / "out")
+    settings = plugins.load("quantize", "onnxruntime").SCHEMES["int8_static"]()
+    float_model = open_float(manifest.artifacts["model.fp32.onnx"])
+    modules = [layer.module for layer in find_layers(float_model, manifest.artifacts["model.int8_static.onnx"], settings)]
+    assert modules[0] == "blocks.0.attn.qkv" and modules[-1] == "head"
 
     def stages() -> dict[str, tuple[str, str]]:
         assert run([*export, "--dry-run", "--json"]) == 0

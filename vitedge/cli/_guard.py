@@ -34,7 +34,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
         for layer in found["layers"]:
             sqnr, loss = layer["sqnr_db"], layer["loss_change"]
             table.add_row(
-                layer["name"],
+                layer["module"],
                 layer["op"],
                 "-" if sqnr is None else f"{sqnr:.1f}",
                 "no time" if loss is None else f"{loss:+.5f}",

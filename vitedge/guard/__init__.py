@@ -241,6 +241,7 @@ def _notes(asked: GuardJob, judge: Judge, trials: _Trials, ranking: list[Sensiti
         "layers": [
             {
                 "name": one.layer.name,
+                "module": one.layer.module,
                 "op": one.layer.op,
                 # JSON has no infinity; there is none to tell where rounding changed nothing.
                 "sqnr_db": one.sqnr_db if math.isfinite(one.sqnr_db) else None,

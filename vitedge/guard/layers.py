@@ -18,6 +18,7 @@ import onnx
 
 from vitedge.artifact import Artifact
 from vitedge.graph._index import Index, attribute, constants_to_initializers
+from vitedge.inspect.onnx_layers import find_layers as find_products
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 _MOVES = ("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze")
@@ -29,6 +30,7 @@ class Layer:
 
     Attributes:
         name: Of its node in the fp32 file.
+        module: It came from, as `vitedge inspect` names it: `blocks.0.mlp.fc2`, `blocks.0.attn.scores`; else the node's name.
         op: That node's operator.
         exclude: Pattern that the library finds exactly this layer by.
         rounded: Name of the node whose inputs quantization rounds: the layer's own, or for an attention node of
@@ -37,6 +39,7 @@ class Layer:
     """
 
     name: str
+    module: str
     op: str
     exclude: str
     rounded: str
@@ -62,6 +65,7 @@ def find_layers(model: onnx.ModelProto, built: Artifact, config: Any) -> list[La
     """
     op_types = getattr(config, "op_types", PRODUCTS)
     index, found = Index(model.graph), []
+    modules = {product.node: product.layer for product in find_products(model).products}
     rename = _openvino_names(built, index) if built.format == "openvino" else _onnx_names(built)
     for node in model.graph.node:
         # Conv stands apart: as a patch embedding it is turned into the MatMul that it is.
@@ -74,7 +78,7 @@ def find_layers(model: onnx.ModelProto, built: Artifact, config: Any) -> list[La
         if matrix_KN is None and index.constant(node.input[1]) is not None:
             continue  # a stack of constant matrices, which no scheme rounds per output
         sha = "" if matrix_KN is None else hashlib.sha256(np.ascontiguousarray(matrix_KN, "<f4").tobytes()).hexdigest()
-        found.append(Layer(node.name, node.op_type, glob.escape(named[0]), named[1], sha))
+        found.append(Layer(node.name, modules[node.name], node.op_type, glob.escape(named[0]), named[1], sha))
     return found
 
 
