@@ -189,7 +189,7 @@ def test_the_command_line_tells_every_layer_and_why_it_stopped(
     captured = capsys.readouterr()
     found = json.loads(captured.out)["artifacts"][0]["guard"]
     assert found["met"] and found["float_layers"] == [HOSTILE] and found["images"] == 60
-    modules = ("patch_embed", "fc1", "fc2", "head")  # that the weights are named after
+    modules = ("patch", "fc1", "fc2", "head")  # that the weights are named after
     for word in (*modules, "SQNR", "loss change", "float", "limit met", "3.0 of 60 images", "1 layers in float, 3 quantized"):
         assert word in captured.err, word
     assert "warning" not in captured.err
