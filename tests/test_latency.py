@@ -51,6 +51,7 @@ def prune_to(milliseconds: float, timings: Timings) -> tuple[nn.Module, dict[str
     return model, notes
 
 
+@pytest.mark.slow
 def test_a_cut_to_a_time_in_a_real_runtime(tmp_path: Path) -> None:
     """Found by timing candidates, which are noted with their conditions; a run that is resumed makes the same cut without a clock."""
     said: list[tuple[str, float, float, str]] = []

@@ -417,6 +417,7 @@ def test_the_exported_file_computes_the_same_in_both_runtimes(weights: int, acti
         assert np.abs(found_BC - expected_BC).mean() < 0.005 * spread
 
 
+@pytest.mark.slow
 def test_a_recipe_is_trained_and_exported_by_the_command_line(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Float, then LSQ, then on with it: the file of the quantized model, its float twin, and a second run that reuses both."""
     plain = {"steps": 20, "batch_size": 16, "lr": 2e-3, "precision": "fp32", "shift": 1}

@@ -258,6 +258,7 @@ def test_both_runtimes_run_what_is_left() -> None:
         np.testing.assert_allclose(network(x_BCHW.numpy())[0], expected_BC, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_recipe_of_gates_cuts_and_training(tmp_path: Path, colours: Path) -> None:
     """The command line from gates to a cut model that is exported: gates end, a second cut follows, the model teaches itself."""
     train = {"train": {"steps": 4, "batch_size": 16, "lr": 1e-3, "precision": "bf16", "shift": 1}}

@@ -175,6 +175,7 @@ def kill_and_finish(study: Path, folder: Path, kills: int, seed: int) -> None:
     run(plan_of(study, folder))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
     study, folder, _ = finished
     kill_and_finish(study, tmp_path / "out", kills=2, seed=6)

@@ -219,6 +219,7 @@ def test_a_killed_workers_trial_is_run_again_and_two_workers_share_the_rest(made
     assert strip == [{key: value for key, value in point.items() if key != "on_front"} for point in made.result["points"]]
 
 
+@pytest.mark.slow
 def test_nothing_inside_the_limits_is_exit_code_3_and_no_winner(made: Made, tmp_path: Path, colours: Path) -> None:
     space = write_search(tmp_path, colours, constraints={"max_size_mib": 0.001}, trials=1)
     shutil.copytree(made.folder / "trials", tmp_path / "out" / "trials")  # so that nothing has to be built again

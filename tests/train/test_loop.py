@@ -71,7 +71,6 @@ def tiny_convnet() -> nn.Module:
     "more",
     [
         {"precision": "fp32"},
-        {"precision": "bf16"},
         {"precision": "bf16", **EVERYTHING},
         {"views": 2},
         {"optimizer": "muon"},

@@ -74,6 +74,7 @@ def test_many_processes_train_what_one_trains(alone: tuple[Path, Path, dict[str,
     assert found["test"]["images"] == 36 and found["test"]["top1"] == pytest.approx(notes["test"]["top1"], abs=100 / 36 + 0.01)
 
 
+@pytest.mark.slow
 def test_two_steps_in_parts_over_two_processes(tmp_path: Path, colours: Path) -> None:
     """Accumulated parts, and a second `train` step that starts from the first one's best weights, in every process."""
     steps = [{"train": {**TRAIN, "accumulate": 2}}, {"train": {**TRAIN, "steps": 4, "accumulate": 2}}]

@@ -162,6 +162,7 @@ def test_another_teacher_is_another_student(builds: Path, tmp_path: Path, capsys
     assert "vitedge train --recipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_in_its_second_step_it_ends_with_the_same_weights(builds: Path, tmp_path: Path, colours: Path) -> None:
     (tmp_path / "teacher").symlink_to(builds / "teacher")
     command = ["train", "--recipe", str(builds / "student.yaml"), "-o", str(tmp_path / "student")]
