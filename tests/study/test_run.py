@@ -28,7 +28,7 @@ pytest.importorskip("torch")
 
 def run(plan: Plan, said: list[str] | None = None, **options: bool) -> dict[str, dict[str, object]]:
     """Run a study here; its rows by label."""
-    content, _ = run_study(plan, None, (said if said is not None else []).append, no_bars, **options)
+    content, _, _ = run_study(plan, None, (said if said is not None else []).append, no_bars, **options)
     return {row["label"]: row for row in content["rows"]}
 
 
@@ -121,7 +121,7 @@ def test_a_device_that_is_not_here_says_so_in_its_rows(finished: tuple[Path, Pat
     study, folder, _ = finished
     before = answers(folder)
     board = plan_of(study, folder).devices[0][0]
-    content, failed = run_study(plan_of(study, folder, devices=(board, "cuda")), None, lambda text: None, no_bars)
+    content, _, failed = run_study(plan_of(study, folder, devices=(board, "cuda")), None, lambda text: None, no_bars)
     cuda = [row for row in content["rows"] if row["device"] == "cuda"]
     assert len(cuda) == 3 and all("expected an NVIDIA GPU" in row["failure"] and not row["measurements"] for row in cuda)
     assert [row["label"] for row in content["rows"] if row["device"] == "board" and row["measurements"]] == [
@@ -133,6 +133,15 @@ def test_a_device_that_is_not_here_says_so_in_its_rows(finished: tuple[Path, Pat
         run_study(plan_of(study, folder, devices=("cuda",)), None, lambda text: None, no_bars)
     run(plan_of(study, folder))
     assert answers(folder) == before
+
+
+def test_some_rows_alone_leave_the_table_of_all_as_it_is(finished: tuple[Path, Path, list[str]]) -> None:
+    study, folder, _ = finished
+    before = (folder / "results.json").read_bytes()
+    run(plan_of(study, folder, only=("Tiny / untouched",)))
+    assert (folder / "results.json").read_bytes() == before
+    rows = json.loads((folder / "results.only.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == ["Tiny / untouched"] and rows[0]["measurements"]
 
 
 def test_another_devices_build_takes_the_checkpoint(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:

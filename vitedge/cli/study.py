@@ -23,7 +23,7 @@ BUILD = Path("build") / "studies"
 @click.argument("study", required=False, metavar="[STUDY]")
 @click.option("--list", "list_studies", is_flag=True, help="List the studies that come with vitedge.")
 @click.option("--dry-run", is_flag=True, help="Print the rows, what they share, and about how long and how large it gets; do nothing.")
-@click.option("--only", metavar="LABEL", multiple=True, help="Only this row and those it is compared with, repeatable.")
+@click.option("--only", metavar="LABEL", multiple=True, help="Only this row and those it is compared with, repeatable; into results.only.json.")
 @click.option("--retry-failed", is_flag=True, help="Try rows again that failed before.")
 @click.option("--budget", metavar="SHARE|TIME", help="Less of the work, labelled so: 0.1, or about 90m or 2h. Steps and images shrink.")
 @click.option("--device", "devices", metavar="NAME|PATH", multiple=True, help="Device profile in the place of the study's, repeatable.")
@@ -171,17 +171,15 @@ def _task_json(plan: Plan, task: Task, state: str, guess: Estimate) -> dict[str,
 
 def _run(plan: Plan, storage: str | None, retry_failed: bool, as_json: bool) -> int:
     """Work until nothing is left, show the table, and return the exit code of the first row that failed."""
-    from vitedge.study.results import RESULTS
     from vitedge.study.run import run_study
 
     with ending_on_sigterm():
-        content, failed = run_study(plan, storage, say, progress_bars, retry_failed)
-    path = plan.folder / RESULTS
+        content, path, failed = run_study(plan, storage, say, progress_bars, retry_failed)
     if as_json:
         emit_json(content)
     else:
         _show_table(path)
-        say(f"wrote {path}; next: vitedge report {plan.folder}")
+        say(f"wrote {path}; next: vitedge report {path if plan.narrowed else plan.folder}")
     if failed:
         say(f"error: {len(failed)} tasks of the study failed; the table says why, and --retry-failed tries them again")
         return failed[0].exit_code

@@ -93,6 +93,7 @@ class Plan:
         data: `--data`.
         budget: Always a share.
         samples: Test images for top-1; None for all.
+        narrowed: Whether `--only` left rows out.
     """
 
     spec: StudySpec
@@ -102,6 +103,7 @@ class Plan:
     data: str | None
     budget: Budget
     samples: int | None
+    narrowed: bool = False
 
     def root(self, task: Task) -> Path:
         """A task's build folder."""
@@ -127,7 +129,7 @@ def make_plan(spec: StudySpec, folder: Path, options: Options) -> Plan:
         budget = budget.within(sum(build_seconds(task.recipe, CHECKPOINT_STAGE if task.shared else None) for task in whole))
     tasks = _Resolver(spec, folder, devices, replace(options, budget=budget)).tasks()
     asked_samples = [count for count in (spec.measure.samples, budget.samples) if count is not None]
-    return Plan(spec, folder, devices, tuple(tasks), options.data, budget, min(asked_samples, default=None))
+    return Plan(spec, folder, devices, tuple(tasks), options.data, budget, min(asked_samples, default=None), bool(options.only))
 
 
 def _selected(spec: StudySpec, only: Sequence[str]) -> StudySpec:

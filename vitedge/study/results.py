@@ -1,4 +1,4 @@
-"""What a study came to: `results.json`, from which `vitedge report` makes every table, and which is there from the first row on.
+"""What a study came to: `results.json` (with --only `results.only.json`), from which `vitedge report` makes every table, and which is there from the first row on.
 
     {schema_version, study, description, baseline, budget, data, conditions: {device: ...}, rows: [{label, recipe, device, state,
      build, artifacts, measurements, failure, paper, untouched, continued, budget, seconds, notes}]}
@@ -21,6 +21,7 @@ from vitedge.study.queue import State
 from vitedge.study.spec import RowSpec
 
 RESULTS = "results.json"
+ONLY = "results.only.json"  # of some of the rows, measured without the others
 SCHEMA_VERSION = 1
 _ABSENT = State("waiting", -1)
 
@@ -62,12 +63,12 @@ def collect(plan: Plan, states: Mapping[str, State], unavailable: Mapping[str, s
 
 
 def write_results(plan: Plan, content: dict[str, Any]) -> Path:
-    """Write `results.json` whole or not at all.
+    """Write the file whole or not at all: `results.json`, or beside it, where --only left rows out, `results.only.json`.
 
     Raises:
         OutputError: It cannot be written.
     """
-    path = plan.folder / RESULTS
+    path = plan.folder / (ONLY if plan.narrowed else RESULTS)
     write_text(path, dump(content))
     return path
 

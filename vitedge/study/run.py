@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from vitedge import data as datasets
@@ -32,7 +33,7 @@ MOST_LOST = 10  # processes that died over a task before it is taken to be what 
 
 def run_study(
     plan: Plan, url: str | None, say: Callable[[str], None], bars: Bars, retry_failed: bool = False
-) -> tuple[dict[str, Any], list[State]]:
+) -> tuple[dict[str, Any], Path, list[State]]:
     """Work on a study until nothing is left for this host; `results.json` is up to date after every task.
 
     Args:
@@ -43,7 +44,7 @@ def run_study(
         retry_failed: Whether rows that failed before are tried again.
 
     Returns:
-        What `results.json` has, and the states of what failed.
+        What the file of results has, its path, and the states of what failed.
 
     Raises:
         UnavailableError: None of the devices is here, or Optuna is not installed.
@@ -59,9 +60,9 @@ def run_study(
         worker.work()
         states = queue.states()
         content = collect(plan, states, unavailable)
-        write_results(plan, content)
+        path = write_results(plan, content)
     wanted = {**worker.names, **{key: "" for _, key in worker.measuring(states)}}
-    return content, [states[key] for key in wanted if key in states and states[key].name == "failed"]
+    return content, path, [states[key] for key in wanted if key in states and states[key].name == "failed"]
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:
