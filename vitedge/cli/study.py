@@ -23,7 +23,7 @@ BUILD = Path("build") / "studies"
 @click.argument("study", required=False, metavar="[STUDY]")
 @click.option("--list", "list_studies", is_flag=True, help="List the studies that come with vitedge.")
 @click.option("--dry-run", is_flag=True, help="Print the rows, what they share, and about how long and how large it gets; do nothing.")
-@click.option("--only", metavar="LABEL", multiple=True, help="Only this row and those it is compared with, repeatable; into results.only.json.")
+@click.option("--only", metavar="LABEL", multiple=True, help="Only this row and those it is compared with; repeatable.")
 @click.option("--retry-failed", is_flag=True, help="Try rows again that failed before.")
 @click.option("--budget", metavar="SHARE|TIME", help="Less of the work, labelled so: 0.1, or about 90m or 2h. Steps and images shrink.")
 @click.option("--device", "devices", metavar="NAME|PATH", multiple=True, help="Device profile in the place of the study's, repeatable.")

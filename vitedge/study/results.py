@@ -1,4 +1,6 @@
-"""What a study came to: `results.json` (with --only `results.only.json`), from which `vitedge report` makes every table, and which is there from the first row on.
+"""What a study came to: `results.json` (with --only `results.only.json`), from which `vitedge report` makes every table.
+
+It is there from the first row on.
 
     {schema_version, study, description, baseline, budget, data, conditions: {device: ...}, rows: [{label, recipe, device, state,
      build, artifacts, measurements, failure, paper, untouched, continued, budget, seconds, notes}]}

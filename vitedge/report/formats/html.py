@@ -201,8 +201,8 @@ def _cell(head: Head, shown: Shown, first: bool) -> str:
         order = "" if shown.order is None else f' data-order="{shown.order!r}"'
         return f'<td class="num"{order}>{inner}</td>'
     if len(shown.text) > LONG:
-        first = _text(textwrap.shorten(shown.text, LONG, placeholder=" ..."))
-        return f'<td class="text long"><details><summary>{first}</summary>{inner}</details></td>'
+        beginning = _text(textwrap.shorten(shown.text, LONG, placeholder=" ..."))
+        return f'<td class="text long"><details><summary>{beginning}</summary>{inner}</details></td>'
     return f'<td class="text">{inner}</td>'
 
 
