@@ -138,6 +138,38 @@ def input_roots(model: nn.Module, layers: dict[str, nn.Linear], x_BCHW: torch.Te
     return {name: _root(name, sum_II / max(1, tokens[name]), damping) for name, sum_II in sums.items()}
 
 
+def output_gradients(model: nn.Module, layers: dict[str, nn.Linear], x_BCHW: torch.Tensor, target_B: torch.Tensor) -> dict[str, float]:
+    """Mean square, over tokens and outputs, of the gradient of each image's cross-entropy by each layer's outputs.
+
+    Args:
+        model: Left in the mode that it has, and without gradients of its parameters.
+        layers: Of the model, by name.
+        x_BCHW: Model inputs, float32.
+        target_B: Their classes, int64.
+    """
+    sums, counts = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
+
+    def look(module: nn.Module, inputs: Any, y: torch.Tensor, name: str) -> None:
+        def add(gradient: torch.Tensor) -> None:
+            sums[name] += float(gradient.double().square().sum())
+            counts[name] += gradient.numel()
+
+        y.register_hook(add)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_answering(model))
+        stack.enter_context(torch.enable_grad())
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(look, name=name)).remove)
+        device = next(model.parameters()).device
+        for x, target in zip(x_BCHW.split(_BATCH), target_B.split(_BATCH), strict=True):
+            # By the inputs alone: what the parameters hold of earlier steps stays as it is.
+            x = x.to(device).requires_grad_()
+            loss = nn.functional.cross_entropy(model(x), target.to(device), reduction="sum")
+            torch.autograd.grad(loss, x)
+    return {name: sums[name] / max(1, counts[name]) for name in layers}
+
+
 def _root(name: str, mean_II: torch.Tensor, damping: float) -> torch.Tensor:
     level = mean_II.diagonal().mean()
     if not (mean_II.isfinite().all() and level > 0):

@@ -69,9 +69,10 @@ def choose_ranks(config: Config, shapes: dict[str, Shape], energies: dict[str, t
             found=f"{rank}, with which they have {weights(shape, rank)}",
             fix="lower decompose's rank, ratio or energy, or leave the layer out of decompose.layers",
         )
-    if config.allot == "sensitivity":
+    if config.allot != "uniform":
         # As many weights in all as each layer's own rank would leave.
-        return allot(shapes, energies, sum(min(weights(shapes[name], rank), math.prod(shapes[name])) for name, rank in asked.items()))
+        budget = sum(min(weights(shapes[name], rank), math.prod(shapes[name])) for name, rank in asked.items())
+        return allot(shapes, energies if config.allot == "loss" else _alike(energies), budget)
     return {name: None if name in larger else rank for name, rank in asked.items()}
 
 
@@ -93,19 +94,34 @@ def _asked(config: Config, name: str, shape: Shape, squares_K: torch.Tensor | No
     return energy_rank(squares_K, config.energy)
 
 
-def allot(shapes: dict[str, Shape], energies: dict[str, torch.Tensor], budget: int) -> dict[str, int | None]:
-    """Ranks within a total of weights: one more rank at a time, where it regains the greatest share of a layer's energy per weight.
+def weighed(energies: dict[str, torch.Tensor], gradients: dict[str, float]) -> dict[str, torch.Tensor]:
+    """The energies in units of the loss: times the mean square of its gradient by each layer's outputs.
 
-    Each layer's energy counts as 1, for the size of its outputs says nothing of how much they matter. A layer at its largest
-    rank becomes whole next (None), which costs less than a rank. While no layer becomes whole and all are of one shape, no
-    other allotment keeps more energy.
+    To second order, with the Fisher information in the place of the curvature and its directions taken to be alike, an error
+    dy of a layer's outputs changes the loss by E[(g dy)^2] / 2 = E[g^2] E[dy^2] / 2 (as Hsu et al. 2022, "Language model
+    compression with weighted low-rank factorization", arXiv:2207.00112, weigh rows of a weight); of whitened weights dy^2 is
+    the energy that is left out.
+    """
+    return {name: squares_K * gradients[name] for name, squares_K in energies.items()}
+
+
+def _alike(energies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each layer's energy as shares of 1, for the size of its outputs alone says nothing of how much they matter."""
+    return {name: squares_K / squares_K.sum().clamp(min=TINY) for name, squares_K in energies.items()}
+
+
+def allot(shapes: dict[str, Shape], energies: dict[str, torch.Tensor], budget: int) -> dict[str, int | None]:
+    """Ranks within a total of weights: one more rank at a time, where it regains the most energy per weight.
+
+    A layer at its largest rank becomes whole next (None), which costs less than a rank. While no layer becomes whole and all
+    are of one shape, no other allotment keeps more energy.
 
     Args:
         shapes: Of the layers' weights.
-        energies: Their `spectrum`.
+        energies: Their `spectrum`, in units that can be compared.
         budget: Weights in all, at least those of rank 1 everywhere.
     """
-    shares = {name: (squares_K / squares_K.sum().clamp(min=TINY)).tolist() for name, squares_K in energies.items()}
+    shares = {name: squares_K.tolist() for name, squares_K in energies.items()}
     names = list(shapes)
     ranks: dict[str, int | None] = {name: 1 if largest_rank(shape) else None for name, shape in shapes.items()}
     spent = sum(weights(shapes[name], rank) for name, rank in ranks.items())

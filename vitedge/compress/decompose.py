@@ -54,9 +54,10 @@ class Config(Section):
         None, description="the least rank whose singular values, of what is decomposed, have this share of the sum of squares"
     )
     layers: tuple[str, ...] = Field(("blocks.*",), min_length=1, description="linear layers: fnmatch patterns of module names")
-    allot: Literal["uniform", "sensitivity"] = Field(
+    allot: Literal["uniform", "sensitivity", "loss"] = Field(
         "uniform",
-        description="uniform: so much in each layer; sensitivity: as much in all of them, spread so that they lose the least energy",
+        description="uniform: so much in each layer; sensitivity: as much in all of them, spread so that they lose the least energy; "
+        "loss: so that the loss on train images is expected to change least",
     )
     larger: Literal["skip", "refuse"] = Field(
         "skip", description="a layer whose factors would not have fewer weights than it has: skip leaves it whole, refuse is an error"
@@ -71,6 +72,8 @@ class Config(Section):
             raise ValueError("exactly one of rank, ratio and energy")
         if not self.whiten and (self.images, self.damping) != (IMAGES, DAMPING):
             raise ValueError("no images and no damping beside whiten: false")
+        if not self.whiten and self.allot == "loss":
+            raise ValueError("whiten: true for allot: loss, which weighs errors of activations")
         return self
 
 
@@ -94,20 +97,22 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     """
     import torch
 
-    from vitedge.compress._decompose import describe, factorize, find_layers, input_roots, replace_
-    from vitedge.compress._decompose_ranks import choose_ranks, spectrum
+    from vitedge.compress._decompose import describe, factorize, find_layers, input_roots, output_gradients, replace_
+    from vitedge.compress._decompose_ranks import choose_ranks, spectrum, weighed
 
     params, layers = _params(model), find_layers(model, config)
     notes: dict[str, Any] = config.model_dump(mode="json", exclude_none=True, exclude={"layers", "images", "damping"})
     roots: dict[str, torch.Tensor] = {}
     if config.whiten:
-        started, x_BCHW = time.perf_counter(), torch.from_numpy(context.sample(config.images)[0])
+        started, (x_BCHW, target_B) = time.perf_counter(), map(torch.from_numpy, context.sample(config.images))
         roots = input_roots(model, layers, x_BCHW, config.damping)
         seconds = round(time.perf_counter() - started, 3)
         notes |= {"damping": config.damping, "images": len(x_BCHW), "calibration_seconds": seconds}
     energies: dict[str, torch.Tensor] = {}
-    if config.energy is not None or config.allot == "sensitivity":
+    if config.energy is not None or config.allot != "uniform":
         energies = {name: spectrum(layer.weight, roots.get(name)) for name, layer in layers.items()}
+    if config.allot == "loss":
+        energies = weighed(energies, output_gradients(model, layers, x_BCHW, target_B))
     ranks = choose_ranks(config, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, energies)
     # All factors first: where one layer cannot be factored, the model stays as it was.
     factors = {
