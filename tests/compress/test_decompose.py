@@ -16,6 +16,7 @@ from tests.compress import made
 from tests.recipes_for_tests import write_recipe
 from vitedge.cli.main import run
 from vitedge.compress import Compressed, decompose
+from vitedge.compress._decompose import output_gradients
 from vitedge.compress._decompose_methods import METHODS, reconstruction
 from vitedge.errors import UsageError
 from vitedge.export import to_onnx
@@ -163,6 +164,38 @@ def test_sensitivity_keeps_more_in_as_many_weights() -> None:
         ranks = {layer["layer"]: layer["rank"] for layer in notes["layers"]}
     assert sizes[1] == sizes[0] and kept[1] > kept[0] + 0.05
     assert ranks["blocks.1.mlp.fc1"] == 2 and sum(ranks.values()) == 16
+
+
+def test_gradients_of_outputs_are_autograds_and_leave_nothing_behind() -> None:
+    model, x_BCHW, target_B = made.student().train(), images(), torch.from_numpy(made.sample(48)[1])
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in NAMES}
+    found = output_gradients(model, layers, x_BCHW, target_B)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert not any(layer._forward_hooks for layer in layers.values())
+    double: Any = copy.deepcopy(model).double().eval()
+    for name in NAMES:
+        # An offset on the outputs has the gradient of the outputs.
+        kept: list[torch.Tensor] = []
+
+        def shift(module: nn.Module, inputs: Any, y: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
+            kept.append(torch.zeros_like(y).requires_grad_())
+            return y + kept[0]
+
+        hook = double.get_submodule(name).register_forward_hook(shift)
+        loss = nn.functional.cross_entropy(double(x_BCHW.double()), target_B, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, kept[0])
+        hook.remove()
+        assert found[name] == pytest.approx(float(gradient.square().mean()), rel=1e-3)
+
+
+def test_ranks_go_where_the_loss_needs_them() -> None:
+    """A layer whose outputs nobody reads is left the least rank, whatever its energy."""
+    model: Any = made.student()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.zero_()  # nothing of fc1 comes through
+    notes = apply(model, ratio=0.5, allot="loss", layers=["blocks.*.mlp.fc1"]).notes
+    ranks = {layer["layer"]: layer["rank"] for layer in notes["layers"]}
+    assert ranks.get("blocks.1.mlp.fc1") == 1 and ranks.get("blocks.0.mlp.fc1", 99) > 6
 
 
 def test_a_layer_that_would_grow_is_left_whole_and_named_or_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vitedge.compress._decompose_ranks import allot, choose_ranks, energy_rank, largest_rank, spectrum, weights
+from vitedge.compress._decompose_ranks import allot, choose_ranks, energy_rank, largest_rank, spectrum, weighed, weights
 from vitedge.compress.decompose import Config
 from vitedge.errors import UsageError
 
@@ -102,7 +102,7 @@ def spectra(shape: tuple[int, int], count: int, seed: int) -> dict[str, torch.Te
 
 
 def energy_kept(energies: dict[str, torch.Tensor], ranks: dict[str, int | None]) -> float:
-    return sum(float(squares[: ranks[name]].sum() / squares.sum()) for name, squares in energies.items())
+    return sum(float(squares[: ranks[name]].sum()) for name, squares in energies.items())
 
 
 @given(st.integers(0, 999), st.integers(3, 10))
@@ -116,6 +116,18 @@ def test_no_other_way_to_spread_the_ranks_keeps_more(seed: int, total: int) -> N
     best = max(energy_kept(energies, dict(zip(energies, ranks, strict=True))) for ranks in others)
     assert sum(weights(shape, rank) for rank in ranks.values()) == total * 40
     assert energy_kept(energies, ranks) == pytest.approx(best, rel=1e-12)
+
+
+def test_equal_energies_and_those_in_units_of_the_loss_are_weighed_unlike() -> None:
+    """Two layers of one shape, the second of a hundredth of the energy: alike by shares, without a rank to spare by the loss."""
+    squares = torch.tensor([8.0, 4.0, 2.0, 1.0] + [0.0] * 16, dtype=torch.float64)
+    shapes, energies = {"loud": (20, 20), "quiet": (20, 20)}, {"loud": squares, "quiet": squares / 100}
+    config: dict[str, Any] = {"ratio": 0.3}  # rank 3 each
+    assert choose_ranks(Config(allot="sensitivity", **config), shapes, energies) == {"loud": 3, "quiet": 3}
+    assert choose_ranks(Config(allot="loss", **config), shapes, energies) == {"loud": 4, "quiet": 2}
+    # A hundred times the squared gradient makes up for it.
+    evened = weighed(energies, {"loud": 1.0, "quiet": 100.0})
+    assert choose_ranks(Config(allot="loss", **config), shapes, evened) == {"loud": 3, "quiet": 3}
 
 
 def test_a_layer_that_needs_it_becomes_whole_and_one_that_does_not_gives_it_up() -> None:

@@ -72,7 +72,7 @@ def choose_ranks(config: Config, shapes: dict[str, Shape], energies: dict[str, t
     if config.allot != "uniform":
         # As many weights in all as each layer's own rank would leave.
         budget = sum(min(weights(shapes[name], rank), math.prod(shapes[name])) for name, rank in asked.items())
-        return allot(shapes, energies if config.allot == "loss" else _alike(energies), budget)
+        return allot(shapes, energies if config.allot == "loss" else alike(energies), budget)
     return {name: None if name in larger else rank for name, rank in asked.items()}
 
 
@@ -105,7 +105,7 @@ def weighed(energies: dict[str, torch.Tensor], gradients: dict[str, float]) -> d
     return {name: squares_K * gradients[name] for name, squares_K in energies.items()}
 
 
-def _alike(energies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def alike(energies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Each layer's energy as shares of 1, for the size of its outputs alone says nothing of how much they matter."""
     return {name: squares_K / squares_K.sum().clamp(min=TINY) for name, squares_K in energies.items()}
 
