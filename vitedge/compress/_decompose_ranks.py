@@ -121,7 +121,7 @@ def allot(shapes: dict[str, Shape], energies: dict[str, torch.Tensor], budget: i
         energies: Their `spectrum`, in units that can be compared.
         budget: Weights in all, at least those of rank 1 everywhere.
     """
-    shares = {name: squares_K.tolist() for name, squares_K in energies.items()}
+    squares = {name: squares_K.tolist() for name, squares_K in energies.items()}
     names = list(shapes)
     ranks: dict[str, int | None] = {name: 1 if largest_rank(shape) else None for name, shape in shapes.items()}
     spent = sum(weights(shapes[name], rank) for name, rank in ranks.items())
@@ -130,7 +130,7 @@ def allot(shapes: dict[str, Shape], energies: dict[str, torch.Tensor], budget: i
         """The next rank, the weights that it adds, and the energy it regains for each of them."""
         larger = rank + 1 if rank < largest_rank(shapes[name]) else None
         added = weights(shapes[name], larger) - weights(shapes[name], rank)
-        return larger, added, sum(shares[name][rank:larger]) / added
+        return larger, added, sum(squares[name][rank:larger]) / added
 
     queue = [(-next_step(name, rank)[2], names.index(name)) for name, rank in ranks.items() if rank is not None]
     heapq.heapify(queue)
