@@ -20,7 +20,8 @@ from pathlib import Path
 from statistics import median
 
 from vitedge.bench.conditions import commit
-from vitedge.bench.isolation import bench_lock, time_in_worker
+from vitedge.bench.host_lock import working
+from vitedge.bench.isolation import time_in_worker
 from vitedge.bench.records import Row
 from vitedge.bench.timing import TimingSettings
 from vitedge.host import probe_host, tool_versions
@@ -83,7 +84,7 @@ def main() -> None:
     shape = [args.batch_size, *(int(side or 0) for side in input_spec(artifact).shape[1:])]
     row = Row(artifact, "openvino", "CPU", args.precision, threads)
     ours, theirs = [], []
-    with bench_lock(print):
+    with working("timing", print):
         for turn in range(args.runs):
             ours.append(vitedge_rate(row, args.batch_size, args.seconds))
             theirs.append(benchmark_app_rate(app, artifact.path.resolve(), shape, args.precision, threads, args.seconds))

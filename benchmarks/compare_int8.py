@@ -30,7 +30,8 @@ import numpy as np
 from vitedge import data as datasets
 from vitedge import plugins
 from vitedge.artifact import Artifact, write_json
-from vitedge.bench.isolation import bench_lock, time_in_worker
+from vitedge.bench.host_lock import working
+from vitedge.bench.isolation import time_in_worker
 from vitedge.bench.quality import Images, judge
 from vitedge.bench.records import Row
 from vitedge.bench.timing import TimingSettings
@@ -154,7 +155,7 @@ def compare_speed(pairs: dict[str, tuple[Row, Row]], rounds: int, seconds: float
     rows = [(name, side, pair[side]) for name, pair in pairs.items() for side in (0, 1)]
     rates: dict[tuple[str, int], list[float]] = {(name, side): [] for name, side, _ in rows}
     timing = TimingSettings(iterations=50, seconds=seconds)
-    with bench_lock(say):
+    with working("timing", say):
         for index in range(rounds):
             for name, side, what in rows if index % 2 == 0 else reversed(rows):
                 (answer,) = time_in_worker(what, (1,), timing, describe=False)

@@ -24,7 +24,7 @@ from typing import Any
 
 from vitedge.artifact import Artifact, Manifest, write_json
 from vitedge.bench.conditions import Settings, gather
-from vitedge.bench.isolation import bench_lock
+from vitedge.bench.host_lock import working
 from vitedge.bench.quality import Images, find_images, judge
 from vitedge.bench.records import Measurement, Row
 from vitedge.bench.rows import Candidate, PlannedRow, plan_rows
@@ -138,7 +138,7 @@ def compare_speed(
     rows: list[tuple[Build, PlannedRow]], settings: Settings, conditions: dict[str, Any], untouched: Build
 ) -> list[dict[str, Any]]:
     """Iterations/s of every row, with its ratios."""
-    with bench_lock(say):
+    with working("timing", say):
         timings = time_rows(
             [one for _, one in rows], settings, conditions, lambda done, total, text: say(f"speed: {done} of {total} {text}")
         )

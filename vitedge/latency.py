@@ -19,7 +19,7 @@ import onnx
 import torch
 
 from vitedge.bench.conditions import Settings, gather
-from vitedge.bench.isolation import bench_lock
+from vitedge.bench.host_lock import working
 from vitedge.bench.records import Measurement
 from vitedge.bench.rows import Candidate, PlannedRow, one_row
 from vitedge.bench.session import time_rows
@@ -63,7 +63,7 @@ def time_model(model: nn.Module, size: int, opset: int, device: Device, bar: Cal
         _write(model, size, opset, path)
         candidate = Candidate(open_artifact(path))
         row = one_row(candidate, device, usable_runtimes(device, host), None, settings.threads)
-        with bench_lock(lambda line: progress(0, settings.rounds, line)):
+        with working("timing", lambda line: progress(0, settings.rounds, line)):
             conditions = gather(device, probe_host(), settings, mismatches(device, host))
             timings = time_rows([PlannedRow(candidate, row, (BATCH_SIZE,))], settings, conditions, progress)
     if timings.errors:

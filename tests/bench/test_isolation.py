@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.bench.made import tiny_row
-from vitedge.bench.isolation import bench_lock, run_worker, time_in_worker
+from vitedge.bench.isolation import run_worker, time_in_worker
 from vitedge.bench.timing import TimingSettings
 from vitedge.errors import InputError, UnavailableError, WorkerError
 from vitedge.preprocess import Preprocessing
@@ -140,26 +140,3 @@ def test_a_free_image_size_needs_a_contract(tmp_path: Path):
         input_shape((1, 3, 8, 8), 2, row)
     last = replace(row, artifact=replace(row.artifact, preprocessing=Preprocessing(size=8, layout="NHWC").to_json()))
     assert input_shape((None, None, None, 3), 2, last) == (2, 8, 8, 3)
-
-
-def test_two_benches_take_turns(tmp_path: Path):
-    said: list[str] = []
-    order: list[str] = []
-
-    def second() -> None:
-        with bench_lock(said.append, tmp_path) as waited:
-            order.append("second")
-            assert waited > 0
-
-    with bench_lock(said.append, tmp_path):
-        assert said == []
-        other = threading.Thread(target=second)
-        other.start()
-        deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.01)
-        order.append("first")
-    other.join(timeout=20)
-    assert order == ["first", "second"]
-    assert len(said) == 1
-    assert "waiting" in said[0]

@@ -1,4 +1,4 @@
-"""Starts the measuring processes and keeps two benches from timing at once on one host."""
+"""Starts the measuring processes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
 import vitedge.errors
-from vitedge.artifact import saying_where
 from vitedge.bench.records import Row
 from vitedge.bench.timing import TimingSettings
 from vitedge.bench.worker import PREFIX
@@ -25,7 +22,6 @@ from vitedge.errors import VitedgeError, WorkerError
 from vitedge.progress import Progress, silent
 
 SILENCE_S = 900.0  # a worker that says nothing for this long is taken to hang
-LOCK_NAME = "vitedge-bench.lock"
 
 
 def time_in_worker(
@@ -152,35 +148,3 @@ def _rebuild(plain: dict[str, str]) -> VitedgeError:
     kind = vitedge.errors.UsageError if kind is vitedge.errors.FileProblems else kind
     error: VitedgeError = kind(plain["where"], expected=plain["expected"], found=plain["found"], fix=plain["fix"])
     return error
-
-
-@contextlib.contextmanager
-def bench_lock(on_wait: Callable[[str], None], folder: Path | None = None) -> Iterator[float]:
-    """Hold the host's one right to time; two benches at once would each measure the other.
-
-    Args:
-        on_wait: Told once, in a line, when another bench holds it.
-        folder: Where the lock is; the temporary folder, which processes of a host share.
-
-    Yields:
-        Seconds waited.
-
-    Raises:
-        OutputError: The lock file belongs to somebody else and cannot be opened.
-    """
-    from filelock import FileLock, Timeout
-
-    path = (folder or Path(tempfile.gettempdir())) / LOCK_NAME
-    # Another user's bench must be able to open the same file.
-    lock = FileLock(path, mode=0o666)
-    began = time.monotonic()
-    with saying_where(path):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            on_wait(f"another bench is timing on this host (lock {path}); waiting for it to end")
-            lock.acquire()
-    try:
-        yield time.monotonic() - began
-    finally:
-        lock.release()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vitedge.bench.conditions import Settings, gather
-from vitedge.bench.isolation import bench_lock
+from vitedge.bench.host_lock import working
 from vitedge.bench.quality import Judged, find_images, find_reference, try_judge, with_top1
 from vitedge.bench.records import Measurement, Skipped
 from vitedge.bench.rows import PlannedRow, check_runtimes, find_candidates, nothing_runs, plan_rows
@@ -97,7 +97,7 @@ def bench(request: BenchRequest, say: Callable[[str], None], bar: Bar) -> BenchR
         raise nothing_runs(device, skipped)
     if request.data is not None and request.top1:
         find_images(None, request.data)  # a wrong --data must not come out after minutes of timing
-    with bench_lock(say):
+    with working("timing", say):
         conditions = gather(device, probe_host(), settings, differing)
         timings = time_rows(planned, settings, conditions, bar("timing"))
         if not timings.measurements:

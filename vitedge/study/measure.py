@@ -19,7 +19,6 @@ from vitedge.bench.timing import TimingSettings
 from vitedge.device import Device
 from vitedge.report.json_file import dump, to_plain
 from vitedge.stage import artifact_name, trained_scheme
-from vitedge.study.host_lock import working
 from vitedge.study.plan import CHECKPOINT, Plan, Task
 
 MEASUREMENTS = "measurements"
@@ -93,8 +92,7 @@ def measure_device(
     settings = Settings(rounds=measure.rounds, timing=TimingSettings(measure.iterations, measure.seconds))
     paths = tuple(artifact.path for one in built for artifact in one.artifacts)
     request = BenchRequest(paths, plan.folder, asked, data, (), measure.batch_sizes, None, settings, True, plan.samples)
-    with working("timing", say):
-        result = bench(request, say, bar)
+    result = bench(request, say, bar)  # which holds the host for itself
     content = {"schema_version": SCHEMA_VERSION, "device": device.name, **_by_row(plan, built, result)}
     write_text(measurements_file(plan, device, measure_key(plan, device, built)), dump(content))
     return {"measured": len(result.measurements), "not_measured": len(result.skipped)}

@@ -15,11 +15,12 @@ from vitedge.artifact import read_json, write_json, write_text
 from vitedge.errors import InputError
 from vitedge.evaluate import paired_interval
 from vitedge.recipe import Recipe
+from vitedge.study.folder_lock import held
 from vitedge.study.pareto import choose_winner, front
 from vitedge.study.point import Point
 from vitedge.study.records import Record
 from vitedge.study.trial import Reference, judge_rows, key_of, plan
-from vitedge.study.workshop import Bar, Workshop, build, held, settings_digest, trial_root
+from vitedge.study.workshop import Bar, Workshop, build, settings_digest, trial_root
 
 RESULT, WINNER, PARETO = "search.json", "winner.json", "pareto"
 END_LOCK = ".end.lock"

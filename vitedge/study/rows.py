@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from vitedge.artifact import MANIFEST, Artifact, Manifest, saying_where, writing
+from vitedge.bench.host_lock import working
 from vitedge.device import Device
 from vitedge.pipeline import Bar, Pipeline
-from vitedge.study.host_lock import working
+from vitedge.study.folder_lock import held
 from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
 
 _QUIET_NOTES = (str, int, float, bool)
@@ -33,19 +34,14 @@ def build_task(plan: Plan, task: Task, data: str | None, say: Callable[[str], No
     Raises:
         VitedgeError: The recipe cannot be built so.
     """
-    from filelock import FileLock
-
     root = plan.root(task)
     device = _device(plan, task)
-    with working("build", say), saying_where(root):
-        root.mkdir(parents=True, exist_ok=True)
-        # The lock of `vitedge export -o`: nobody else builds here. A worker that was killed has let go of it.
-        with FileLock(root / ".lock"):
-            if task.source:
-                take_checkpoint(root.parent / task.source, root)
-            pipeline = Pipeline(task.recipe, device, root, data, task.weights)
-            plans = pipeline.plan(CHECKPOINT_STAGE if task.shared else None)
-            manifest = pipeline.run(plans, bar)
+    with held(root, say), working("build", say), saying_where(root):
+        if task.source:
+            take_checkpoint(root.parent / task.source, root)
+        pipeline = Pipeline(task.recipe, device, root, data, task.weights)
+        plans = pipeline.plan(CHECKPOINT_STAGE if task.shared else None)
+        manifest = pipeline.run(plans, bar)
     skipped = {one.name: one.reason for one in plans if one.action == "skip"}
     stages = {one.name: float(manifest.stages[one.name]["seconds"]) for one in plans if one.name in manifest.stages}
     checkpoint = manifest.artifacts["checkpoint.safetensors"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitedge.errors import InputError, OutputError, UnavailableError, UsageError, VitedgeError
 from vitedge.study.definition import Definition
+from vitedge.study.folder_lock import held
 from vitedge.study.outcome import Outcome, finish, write_result
 from vitedge.study.point import OBJECTIVES, Point, stands_for
 from vitedge.study.records import CONDITIONS, DUPLICATE_OF, FAILURE, POINTS, SECONDS, SETTINGS, SKIPPED, Record, records_of
@@ -26,7 +27,7 @@ from vitedge.study.sampler import make_sampler
 from vitedge.study.space import Settings
 from vitedge.study.storage import LOST, close_storage, hand_back, heartbeat, open_storage, reclaim, sign
 from vitedge.study.trial import Measured, Reference, measure_baseline, measure_trial
-from vitedge.study.workshop import Bar, Workshop, held, open_workshop, settings_digest, trial_root
+from vitedge.study.workshop import Bar, Workshop, open_workshop, settings_digest, trial_root
 
 if TYPE_CHECKING:
     import optuna

@@ -15,7 +15,7 @@ from typing import Any
 from vitedge.artifact import digest_of, read_json, write_json
 from vitedge.bench.compare import compare_speed
 from vitedge.bench.conditions import Settings, gather
-from vitedge.bench.isolation import bench_lock
+from vitedge.bench.host_lock import working
 from vitedge.bench.quality import Images, judge
 from vitedge.bench.records import Measurement, Skipped
 from vitedge.bench.rows import Candidate, PlannedRow, nothing_runs, plan_rows
@@ -26,9 +26,9 @@ from vitedge.errors import UsageError, VitedgeError
 from vitedge.evaluate import Quality, paired_interval
 from vitedge.host import probe_host
 from vitedge.recipe import Recipe
-from vitedge.study.host_lock import working
+from vitedge.study.folder_lock import held
 from vitedge.study.point import Point, misses_of
-from vitedge.study.workshop import Bar, Workshop, build, held, settings_digest, trial_root
+from vitedge.study.workshop import Bar, Workshop, build, settings_digest, trial_root
 
 BASELINE = "baseline.json"
 SCHEMA_VERSION = 1
@@ -81,7 +81,7 @@ def time_alone(shop: Workshop, rows: Sequence[PlannedRow], bar: Bar) -> Timed:
     """Time rows in turns while nothing else of vitedge works on this host."""
     measure = shop.definition.search.measure
     settings = Settings(measure.rounds, TimingSettings(measure.iterations, measure.seconds), shop.threads)
-    with working("timing", shop.say), bench_lock(shop.say):
+    with working("timing", shop.say):
         conditions = gather(shop.device, probe_host(), settings, mismatches(shop.device, shop.host))
         timings = time_rows(rows, settings, conditions, bar("timing"))
     found = {key_of(planned): several[0] for planned, several in timings.measurements}

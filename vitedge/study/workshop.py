@@ -7,14 +7,14 @@ building to judging, since another one could quantize its files anew. Who holds 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from vitedge import data as datasets
-from vitedge.artifact import digest_of, saying_where
+from vitedge.artifact import digest_of
+from vitedge.bench.host_lock import working
 from vitedge.bench.quality import Images
 from vitedge.bench.rows import Candidate, check_runtimes
 from vitedge.device import Device, load_device, require_accelerator
@@ -25,7 +25,6 @@ from vitedge.progress import Progress
 from vitedge.recipe import Recipe
 from vitedge.stage import artifact_name, trained_scheme
 from vitedge.study.definition import Definition
-from vitedge.study.host_lock import working
 from vitedge.study.point import limits_of
 
 TRIALS = "trials"
@@ -136,29 +135,6 @@ def trial_root(folder: Path, recipe: Recipe) -> Path:
     """The build folder of a trial: one for all recipes whose fp32 model is the same."""
     plain = recipe.to_plain()
     return folder / TRIALS / digest_of({key: plain[key] for key in ("model", "data", "preprocess", "seed", "steps", "export")})[:16]
-
-
-@contextlib.contextmanager
-def held(root: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a build folder; waits for a worker that has it.
-
-    Raises:
-        OutputError: The folder cannot be written.
-    """
-    from filelock import FileLock, Timeout
-
-    with saying_where(root):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            say(f"another worker has {root}; waiting for it to end")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def build(shop: Workshop, recipe: Recipe, root: Path, bar: Bar) -> list[Candidate]:

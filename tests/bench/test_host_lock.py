@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vitedge.study.host_lock import working
+from vitedge.bench.host_lock import working
 
 HOLDER = """
 import sys
 from pathlib import Path
-from vitedge.study.host_lock import working
+from vitedge.bench.host_lock import working
 with working(sys.argv[1], lambda text: print("waits: " + text, flush=True), Path(sys.argv[2])):
     print("holds", flush=True)
     sys.stdin.readline()
@@ -69,6 +71,46 @@ def test_timing_and_anything_else_wait_for_each_other(tmp_path: Path, holders: l
 def test_builders_work_side_by_side(tmp_path: Path, holders: list[Holder]) -> None:
     holders += [Holder("build", tmp_path), Holder("build", tmp_path)]
     assert [holder.says() for holder in holders] == ["holds", "holds"]
+
+
+def test_a_builder_that_times_in_between_waits_for_the_others_and_builds_on(tmp_path: Path, holders: list[Holder]) -> None:
+    """As a technique that cuts to a time does, twice in one build; and two such builders do not wait for each other for ever."""
+    holders.append(Holder("build", tmp_path))
+    assert holders[0].says() == "holds"
+    said: list[str] = []
+
+    def told(line: str) -> None:
+        said.append(line)
+        holders[0].let_go()
+
+    with working("build", said.append, tmp_path):
+        assert said == []
+        with working("timing", told, tmp_path), working("timing", said.append, tmp_path), working("build", said.append, tmp_path):
+            assert len(said) == 1 and "before timing" in said[0] and holders[0].says() == "left"
+            holders.append(Holder("build", tmp_path))
+            assert holders[1].says().startswith("waits: ")
+        assert holders[1].says() == "holds"  # beside this builder
+    holders[1].let_go()
+    assert holders[1].says() == "left"
+
+
+def test_two_threads_do_not_time_at_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    order: list[str] = []
+
+    def second() -> None:
+        with working("timing", said.append, tmp_path):
+            order.append("second")
+
+    with working("timing", said.append, tmp_path):
+        other = threading.Thread(target=second)
+        other.start()
+        deadline = time.monotonic() + 20
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+        order.append("first")
+    other.join(timeout=20)
+    assert order == ["first", "second"] and len(said) == 1
 
 
 def test_a_killed_holder_lets_go(tmp_path: Path, holders: list[Holder]) -> None:
