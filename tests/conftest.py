@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,9 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
         if variable in os.environ:
             os.environ[f"{variable}_FOR_TESTS"] = os.environ.pop(variable)
     os.environ["VITEDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    # The host's lock lies there: tests that bench in one worker need not wait for those that build in another, no figure of theirs is kept.
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("temporary"))
+    tempfile.tempdir = None
     # Before any test imports it plainly: a plain import reports over the network and writes into the home folder.
     with contextlib.suppress(ImportError):
         import_quietly("openvino")

@@ -85,13 +85,13 @@ socket.getaddrinfo = socket.gethostbyname = socket.gethostbyname_ex = refused
 """
 
 
-@pytest.mark.timeout(600)
 def on_one_core() -> None:
     """A bench of two threads beside other tests takes both cores away from them, and settles late."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
+@pytest.mark.timeout(600)
 def test_the_readmes_commands_run(tmp_path: Path) -> None:
     """In order, in an empty folder, as a newcomer without data or network would; the bench table has static int8 in it."""
     (tmp_path / "offline").mkdir()

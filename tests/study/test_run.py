@@ -156,6 +156,7 @@ def test_another_devices_build_takes_the_checkpoint(finished: tuple[Path, Path, 
     assert taken.artifacts["checkpoint.safetensors"].path.stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_rows(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
     study, folder, _ = finished
     workers = [start(study, tmp_path / "out") for _ in range(2)]

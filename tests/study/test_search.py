@@ -192,6 +192,7 @@ def running(database: Path) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_a_killed_workers_trial_is_run_again_and_two_workers_share_the_rest(made: Made, tmp_path: Path) -> None:
     root = tmp_path / "out"
     shutil.copytree(made.folder, root)

@@ -88,6 +88,7 @@ def test_two_steps_in_parts_over_two_processes(tmp_path: Path, colours: Path) ->
         assert abs(found[1][name] - tensor).max() < 3e-4, name
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_the_checkpoint_is_good(
     alone: tuple[Path, Path, dict[str, Any]], tmp_path: Path, colours: Path
 ) -> None:
