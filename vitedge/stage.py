@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,19 +62,34 @@ def decide(manifest: Manifest, stage: str, inputs: dict[str, Any], outputs: list
 def estimate_seconds(recipe: Recipe, stage: str) -> float:
     """Seconds on two cores of a current Xeon; a first guess, replaced by the real figure after one run."""
     if stage == "checkpoint":
-        model, steps = recipe.model, [config for _, config in recipe.steps if isinstance(config, TrainConfig)]
-        if "vit" in model.arch or "deit" in model.arch:
-            # 250 images/s at 7 x 7 patches (results/LOG.md), and cost grows with their number.
-            per_image = 4.0e-3 * (model.side / (model.patch_size or 16) / 7) ** 2
-        else:
-            # 290 and 380 images/s of small ResNets at 32 px (results/LOG.md); a stem of their own leaves a sixteenth of the pixels.
-            per_image = {"small": 3.4e-3, "small_pooled": 2.6e-3, "own": 0.2e-3}[model.stem] * (model.side / 32) ** 2
-        images = [(c.steps * c.batch_size if c.steps else c.epochs * 45_000) * (1 - c.patch_drop) for c in steps]
-        return 5.0 + sum(images) * per_image
+        steps = [config for _, config in recipe.steps if isinstance(config, TrainConfig)]
+        if not steps:
+            return 5.0
+        images = sum((c.steps * c.batch_size if c.steps else c.epochs * 45_000) * (1 - c.patch_drop) for c in steps)
+        compiling = 60.0 if any(c.compile for c in steps) else 0.0
+        return 5.0 + compiling + images * _seconds_per_image(recipe) * _step_cost(recipe)
     guard = recipe.quantize.guard if stage.startswith("quantize ") else None
     if guard:
         return max(60.0 * guard.minutes, 30.0)  # at most, where the limit is not met at once
     return 25.0 if stage == "export" or "static" in stage else 8.0
+
+
+def _seconds_per_image(recipe: Recipe) -> float:
+    """Of plain training (results/LOG.md): 180 images/s of DeiT-Ti at 112 px, 33 at 224; 290 and 380 of small ResNets at 32 px."""
+    model = recipe.model
+    if "vit" in model.arch or "deit" in model.arch:
+        patches = (model.side / (model.patch_size or 16)) ** 2 / 49  # of 49, a side of 112 px
+        # Products grow with the tokens, attention with their square, decoding and augmenting with the pixels.
+        return 3.6e-3 * patches * (1 + 0.2 * patches) + 1.2e-3 * (model.side / 112) ** 2
+    # A stem of their own leaves a sixteenth of the pixels.
+    return {"small": 3.4e-3, "small_pooled": 2.6e-3, "own": 0.2e-3}[model.stem] * (model.side / 32) ** 2
+
+
+def _step_cost(recipe: Recipe) -> float:
+    """How much longer the recipe's techniques make a step of training."""
+    techniques = [(plugins.load("compress", name), config) for name, config in recipe.steps if name != "train"]
+    costs: list[float] = [technique.step_cost(config) for technique, config in techniques if hasattr(technique, "step_cost")]
+    return math.prod(costs)
 
 
 def trained_scheme(recipe: Recipe) -> str | None:

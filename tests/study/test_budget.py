@@ -66,3 +66,11 @@ def test_minutes_become_the_share_that_fits() -> None:
 def test_a_budget_that_is_none_is_one_line(text: str) -> None:
     with pytest.raises(UsageError, match="--budget: expected a share above 0"):
         Budget.parse(text)
+
+
+def test_an_estimate_knows_what_makes_a_step_longer() -> None:
+    plain = build_seconds(load_recipe("deit_tiny_continued"), "checkpoint")
+    lsq = load_recipe("deit_tiny_lsq_w4a8")
+    assert build_seconds(lsq, "checkpoint") > 1.5 * plain
+    at_224 = build_seconds(load_recipe("deit_tiny_224_continued"), "checkpoint") / 500
+    assert at_224 > 4 * plain / 800  # four times the patches, and attention grows with their square

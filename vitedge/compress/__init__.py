@@ -12,6 +12,7 @@ One that makes a quantized model offers `scheme(config) -> str`, the name that i
 where products run in 8 bits).
 
 One whose result depends on how fast a model runs offers `times(config) -> bool`: the device is then part of the build's key.
+One that makes a step of training longer may offer `step_cost(config) -> float`, about how many times: the estimate of `--dry-run`.
 
 A parameter that a technique adds may carry an attribute `lr_scale: float`: its learning rate is that many times the
 schedule's, with any optimizer, layer-wise decay aside; it has no weight decay and AdamW's steps where the rest has Muon's.

@@ -65,6 +65,11 @@ def files(config: Config, builds: Path) -> list[Path]:
     return []
 
 
+def step_cost(config: Config) -> float:
+    """Noise is drawn for every weight in every step."""
+    return 2.0
+
+
 def scheme(config: Config) -> str:
     """The name that exported files carry."""
     return "diffq"

@@ -44,6 +44,11 @@ def files(config: Config, builds: Path) -> list[Path]:
     return []
 
 
+def step_cost(config: Config) -> float:
+    """Each layer rounds twice, forward and back."""
+    return 2.2
+
+
 def scheme(config: Config) -> str:
     """`int8_lsq_w4a8` for weights of 4 bits and activations of 8: schemes begin with the arithmetic that runs."""
     return f"int8_lsq_w{config.weight_bits}a{config.activation_bits}"
