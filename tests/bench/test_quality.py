@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests import tiny
@@ -14,8 +15,9 @@ from tests.bench.made import expected_top1, make_images, make_measurement, tiny_
 from vitedge.bench import quality
 from vitedge.bench.quality import Judged, find_images, find_reference, judge, try_judge, with_top1
 from vitedge.bench.worker import choose_images
-from vitedge.errors import UsageError
+from vitedge.errors import InputError, UsageError
 from vitedge.evaluate import summarize
+from vitedge.model_file import open_artifact
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,43 @@ def test_damaged_cache_is_measured_anew(tmp_path: Path, images: Path, cache: Pat
     again, _ = judge(row, find_images(None, str(images)))
     assert again.top1 == first.top1
     assert kept.stat().st_size > 100
+
+
+def test_a_file_that_answers_otherwise_at_batch_1_is_refused(tmp_path: Path, images: Path):
+    row = tiny_row(tmp_path)
+    proto = onnx.load(row.artifact.path)
+    turn_logits_at_batch_1(proto)
+    path = tmp_path / "turned.onnx"
+    onnx.save(proto, path)
+    wrong = replace(row, artifact=open_artifact(path))
+    with pytest.raises(InputError, match=r"turned.onnx in onnxruntime fp32: expected the classes .* another class for 24 of 24 images"):
+        judge(wrong, find_images(None, str(images)))
+    assert "batch 1" in try_judge(wrong, None, str(images), None).reason
+
+
+def turn_logits_at_batch_1(proto: onnx.ModelProto) -> None:
+    """The logits of another class are the largest where the batch is 1, as a wrong kernel for that shape would have it."""
+    graph, output = proto.graph, proto.graph.output[0]
+    (last,) = [node for node in graph.node if output.name in node.output]
+    last.output[list(last.output).index(output.name)] = "right"
+    constants = {
+        "lonely_first": np.array([0], np.int64),
+        "lonely_one": np.array([1], np.int64),
+        "lonely_minus": np.array(-2.0, np.float32),
+        "lonely_plus": np.array(1.0, np.float32),
+    }
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    graph.node.extend(
+        [
+            onnx.helper.make_node("Shape", ["right"], ["shape"]),
+            onnx.helper.make_node("Gather", ["shape", "lonely_first"], ["batch"]),
+            onnx.helper.make_node("Equal", ["batch", "lonely_one"], ["alone"]),
+            onnx.helper.make_node("Cast", ["alone"], ["weight"], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Mul", ["weight", "lonely_minus"], ["turned"]),
+            onnx.helper.make_node("Add", ["turned", "lonely_plus"], ["sign"]),
+            onnx.helper.make_node("Mul", ["right", "sign"], [output.name]),
+        ]
+    )
 
 
 def test_sample_is_random_and_labelled(tmp_path: Path, images: Path):

@@ -25,6 +25,7 @@ from vitedge.bench.timing import TimingSettings, time_iterations, warm_up
 from vitedge.errors import InputError, UsageError, VitedgeError
 from vitedge.progress import Progress
 
+ALONE = 32  # images that are judged at batch 1 too
 PREFIX = "vitedge-worker "  # what starts without it was printed by something else, at the interpreter's start
 
 
@@ -171,12 +172,35 @@ def judge_row(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     images, truth = choose_images(split.images, split.labels, data["samples"], data["sample_seed"])
     session, _ = _load(row, request["batch_size"])
     quality = evaluate(session, images, truth, contract, request["batch_size"] or 32, progress)
+    if request["batch_size"] not in (None, 1):
+        check_alone(_load(row, 1)[0], row, images[:ALONE], quality.predictions, contract)
     return {
         "predictions": quality.predictions.tolist(),
         "correct": quality.correct.astype(int).tolist(),
         "top5": quality.top5,
         "data": dataset.label,
     }
+
+
+def check_alone(session: Any, row: Row, images: Any, predictions: Any, contract: Any) -> None:
+    """Refuse a file that answers otherwise at batch 1, which is what is timed and shipped, than at the batch it was judged at.
+
+    Runtimes compile a kernel per shape, and one of them may be wrong. A tie that falls to the other side is none of that.
+
+    Raises:
+        InputError: More than an eighth of the images get another class.
+    """
+    import numpy as np
+
+    alone = [int(np.argmax(session(contract([image])))) for image in images]
+    differing = sum(one != other for one, other in zip(alone, predictions[: len(alone)], strict=True))
+    if differing > len(alone) / 8:
+        raise InputError(
+            f"{row.artifact.name} in {row.runtime} {row.precision}",
+            expected="the classes that it gives to the same images in a batch",
+            found=f"another class for {differing} of {len(alone)} images at batch 1, which the runtime computes wrongly",
+            fix="use another file, runtime or precision on this device, and tell the runtime's authors",
+        )
 
 
 def choose_images(images: Any, labels: Any, samples: int | None, seed: int) -> tuple[Any, Any]:

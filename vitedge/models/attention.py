@@ -94,7 +94,10 @@ class OpenAttention(nn.Module):  # type: ignore[misc]  # the library carries no 
         else:
             scores_BHNN = self.on_query(q_BHNK) @ self.on_key(k_BHNK.transpose(-2, -1))
             if bias_BN is not None:
-                scores_BHNN = scores_BHNN + bias_BN[:, None, None, :]
+                # What is the same for all keys of a query leaves softmax as it is, so that a query's own bias may be taken away. It makes
+                # the summand a full matrix: OpenVINO 2026.4 answers nonsense, silently, where one row is added to the scores of
+                # 8-bit queries and keys at batch 1.
+                scores_BHNN = scores_BHNN + (bias_BN[:, None, None, :] - bias_BN[:, None, :, None])
             weights_BHNN = self.on_weights(self.attn_drop(self.softmax(scores_BHNN)))
             out_BHNV = weights_BHNN @ self.on_value(v_BHNV)
         out_BND = self.proj_drop(self.proj(self.norm(out_BHNV.transpose(1, 2).reshape(batch, tokens, -1))))
