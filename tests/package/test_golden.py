@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from tests.package.building import artifact_of
@@ -10,6 +12,7 @@ from tests.tiny import CONTRACT, write_tiny_onnx
 from vitedge.device import Device
 from vitedge.errors import InputError
 from vitedge.host import architecture
+from vitedge.package.choosing import chooses_tokens
 from vitedge.package.golden import synthetic_pictures, tolerance, train_pictures, write_golden
 from vitedge.package.isa import BF16, VNNI, needed_isa
 from vitedge.runtimes import Facts, Session
@@ -91,3 +94,43 @@ def test_a_profile_of_any_processor_follows_this_one(tmp_path: Path) -> None:
     artifact = artifact_of(tmp_path, write_tiny_onnx(tmp_path / "model.onnx"))
     isa = needed_isa(artifact, profile("any"), "CPUExecutionProvider", ("int8", "fp32"), reduce_range=False)
     assert isa.needed == ((VNNI,) if architecture() == "x86_64" else ())
+
+
+def with_top_k(path: Path, position: int) -> Path:
+    """The tiny model, its logits reordered so that TopK's values (0) or positions (1) are read; either is the same logits, sorted."""
+    proto = onnx.load(path)
+    output = proto.graph.output[0].name
+    (last,) = [node for node in proto.graph.node if output in node.output]
+    last.output[list(last.output).index(output)] = "unsorted"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([4], np.int64), "all_of_them"))
+    names = ["best", "where"] if position else [output, ""]
+    proto.graph.node.append(onnx.helper.make_node("TopK", ["unsorted", "all_of_them"], names))
+    if position:
+        proto.graph.node.append(onnx.helper.make_node("GatherElements", ["unsorted", "where"], [output], axis=1))
+    onnx.save(proto, path)
+    return path
+
+
+@pytest.mark.parametrize(("position", "precision", "close"), [(1, "int8", 1), (1, "fp32", None), (0, "int8", None)])
+def test_only_a_file_that_chooses_tokens_and_rounds_is_held_to_less(
+    position: int, precision: str, close: int | None, tmp_path: Path
+) -> None:
+    artifact = artifact_of(tmp_path, with_top_k(write_tiny_onnx(tmp_path / "model.onnx"), position))
+    logits_BC = np.array([[1.0, -8.0, 2.0, 0.0]], np.float32)
+    session = Session(lambda: replace(FACTS, precision=precision), (1, 3, 8, 8), lambda x_BCHW: logits_BC)
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    golden, _ = write_golden(folder, synthetic_pictures(4, 8), CONTRACT, session, artifact)
+    assert (golden.close, golden.choice_abs_err) == (close, 2.0 if close else None)
+    assert golden.max_abs_err == 8 * (2**-6 if precision == "int8" else 2**-13)
+    assert ("for 1 of 4 pictures" in golden.tolerance) == bool(close)
+
+
+def test_an_openvino_file_that_chooses_tokens_is_known(tmp_path: Path) -> None:
+    ov = pytest.importorskip("openvino")
+    for position in (0, 1):
+        source = tmp_path / f"{position}.onnx"
+        model = ov.Core().read_model(with_top_k(write_tiny_onnx(source), position))
+        ov.save_model(model, tmp_path / str(position) / "model.xml")
+        artifact = artifact_of(tmp_path, tmp_path / str(position) / "model.xml", format="openvino")
+        assert chooses_tokens(artifact) == bool(position)

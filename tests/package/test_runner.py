@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import subprocess
 import sys
@@ -161,3 +162,30 @@ def test_what_travels_is_python_3_8_and_imports_nothing_of_vitedge(module: Any) 
     assert not {name for name in imported if name.split(".")[0] in ("vitedge", "torch")}
     # Methods and functions that came after 3.8, which parsing does not notice.
     assert not {"removeprefix", "removesuffix", "is_relative_to"} & {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+
+
+@pytest.mark.parametrize(
+    ("beyond", "by", "says"),
+    [
+        (3, 0.2, ""),
+        (
+            4,
+            0.2,
+            "within 0.1 of those packaged for 1 of 4 pictures, and within 0.5 for all, found a difference of 0.2, and 0.2 for the worst",
+        ),
+        (1, 0.7, "found a difference of"),
+        (1, float("nan"), "and nan for the worst"),
+    ],
+)
+def test_where_tokens_are_chosen_some_pictures_may_be_further_off(own_copy: Path, beyond: int, by: float, says: str) -> None:
+    path = own_copy / "golden" / "expected.npy"
+    expected = np.load(path, allow_pickle=False)
+    expected[:beyond, 0] += by
+    np.save(path, expected, allow_pickle=False)
+    manifest = json.loads((own_copy / "manifest.json").read_text())
+    entry = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    golden = {**manifest["golden"], "max_abs_err": 0.1, "close": 1, "choice_abs_err": 0.5}
+    edit(own_copy, golden=golden, files={**manifest["files"], "golden/expected.npy": entry})
+    done = program(own_copy, "--selftest")
+    assert done.returncode == (1 if says else 0), done.stderr
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == (1 if says else 0)

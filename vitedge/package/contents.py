@@ -60,12 +60,18 @@ class Port(Section):
 
 
 class Golden(Section):
-    """Pictures, their logits in float32 of shape (pictures, classes), and the tolerance another device must keep."""
+    """Pictures, their logits in float32 of shape (pictures, classes), and the tolerance another device must keep.
+
+    Of a file that chooses tokens and rounds, `close` pictures keep `max_abs_err` and all of them `choice_abs_err`; without these
+    two, all keep `max_abs_err`.
+    """
 
     source: str
     images: tuple[str, ...] = Field(min_length=1)
     expected: Literal["golden/expected.npy"]
     max_abs_err: float = Field(gt=0, allow_inf_nan=False)
+    close: int | None = Field(None, ge=1)
+    choice_abs_err: float | None = Field(None, gt=0, allow_inf_nan=False)
     tolerance: str
 
     @field_validator("images")

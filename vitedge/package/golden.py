@@ -5,6 +5,7 @@ Shapes: B batch, C classes, H height, W width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from vitedge.artifact import Artifact
 from vitedge.errors import InputError
+from vitedge.package.choosing import chooses_tokens
 from vitedge.package.contents import EXPECTED, Golden, golden_names
 from vitedge.preprocess import Preprocessing
 from vitedge.runtimes import Session
@@ -27,6 +29,11 @@ LARGEST_SIDE = 256  # pixels; a golden picture is for the arithmetic, not for th
 # larger: full-range int8 without VNNI saturates and is off by 4.5e-2 to 5.3e-2. The shares leave a factor
 # of three and more for deeper models and other processors.
 SHARES = {"fp32": 2.0**-13, "fp16": 2.0**-8, "bf16": 2.0**-5, "int8": 2.0**-6, "int4": 2.0**-6}
+
+# Of a file that chooses tokens and rounds: another token changes what follows. DeiT-Ti at 224 px with merged tokens, int8, AVX2 against
+# AVX-512: up to 0.13 on the worst of 64 images, and 9 to 27 % of them outside the share for int8 above. All must keep the wider share,
+# and a quarter of them the narrow one: saturated int8 leaves that on every picture.
+CHOICE_SHARE, CLOSE = 2.0**-2, 0.25
 
 
 @dataclass(frozen=True)
@@ -121,5 +128,11 @@ def write_golden(folder: Path, pictures: Pictures, contract: Preprocessing, sess
             fix="check the model's weights",
         )
     np.save(folder / EXPECTED, logits_BC, allow_pickle=False)
-    allowed, derivation = tolerance(logits_BC, session.facts.precision, session.facts.float_precision)
-    return Golden(source=pictures.source, images=names, expected=EXPECTED, max_abs_err=allowed, tolerance=derivation), logits_BC.shape[1]
+    precisions = (session.facts.precision, session.facts.float_precision)
+    allowed, derivation = tolerance(logits_BC, *precisions)
+    golden = Golden(source=pictures.source, images=names, expected=EXPECTED, max_abs_err=allowed, tolerance=derivation)
+    if precisions != ("fp32", "fp32") and chooses_tokens(artifact):
+        close, scale = math.ceil(CLOSE * len(names)), float(np.abs(logits_BC).max())
+        text = f"{derivation}, for {close} of {len(names)} pictures; {CHOICE_SHARE:.4g} of it for all, since the model chooses tokens"
+        golden = golden.model_copy(update={"close": close, "choice_abs_err": CHOICE_SHARE * scale, "tolerance": text})
+    return golden, logits_BC.shape[1]

@@ -255,17 +255,22 @@ class Classifier:
         golden = self.manifest["golden"]
         expected = self.numpy.load(self.folder / golden["expected"], allow_pickle=False)
         found = self.numpy.stack([self.logits(self.folder / name) for name in golden["images"]])
-        allowed = golden["max_abs_err"]
-        error = float(self.numpy.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
-        if not error <= allowed:  # also false for NaN
+        count, close = len(expected), golden.get("close") or len(expected)
+        allowed, widest = golden["max_abs_err"], golden.get("choice_abs_err") or golden["max_abs_err"]
+        if found.shape != expected.shape:
+            found = self.numpy.full(expected.shape, self.numpy.inf, self.numpy.float32)
+        # Sorted, a NaN comes last and is within nothing.
+        errors = self.numpy.sort(self.numpy.abs(found - expected).max(axis=1))
+        if not (errors[close - 1] <= allowed and errors[-1] <= widest):
+            wider = f" for {close} of {count} pictures, and within {widest:.3g} for all" if close < count else ""
             raise RunError(
                 1,
                 "selftest",
-                expected=f"logits within {allowed:.3g} of those packaged",
-                found=f"a difference of {error:.3g}",
+                expected=f"logits within {allowed:.3g} of those packaged{wider}",
+                found=f"a difference of {errors[close - 1]:.3g}" + (f", and {errors[-1]:.3g} for the worst" if wider else ""),
                 fix="do not use the model on this device",
             )
-        return {"images": len(golden["images"]), "max_abs_err": error, "allowed": allowed}
+        return {"images": count, "max_abs_err": float(errors[-1]), "allowed": widest}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
