@@ -87,22 +87,24 @@ def _seconds_per_image(recipe: Recipe) -> float:
 
 def _step_cost(recipe: Recipe) -> float:
     """How much longer the recipe's techniques make a step of training."""
-    techniques = [(plugins.load("compress", name), config) for name, config in recipe.steps if name != "train"]
-    costs: list[float] = [technique.step_cost(config) for technique, config in techniques if hasattr(technique, "step_cost")]
+    costs: list[float] = [technique.step_cost(config) for technique, config in _techniques(recipe) if hasattr(technique, "step_cost")]
     return math.prod(costs)
+
+
+def _techniques(recipe: Recipe) -> list[tuple[Any, Any]]:
+    """The modules of `compress/` that the recipe's `steps:` name, each with its settings."""
+    return [(plugins.load("compress", name), config) for name, config in recipe.steps if name != "train"]
 
 
 def trained_scheme(recipe: Recipe) -> str | None:
     """The scheme that a technique of the recipe's `steps:` quantizes to; None where its checkpoint stays in float."""
-    techniques = [(plugins.load("compress", name), config) for name, config in recipe.steps if name != "train"]
-    schemes = [technique.scheme(config) for technique, config in techniques if hasattr(technique, "scheme")]
+    schemes = [technique.scheme(config) for technique, config in _techniques(recipe) if hasattr(technique, "scheme")]
     return schemes[-1] if schemes else None
 
 
 def times_models(recipe: Recipe) -> bool:
     """Whether what a technique of the recipe's `steps:` does depends on how fast models run on the device."""
-    techniques = [(plugins.load("compress", name), config) for name, config in recipe.steps if name != "train"]
-    return any(technique.times(config) for technique, config in techniques if hasattr(technique, "times"))
+    return any(technique.times(config) for technique, config in _techniques(recipe) if hasattr(technique, "times"))
 
 
 def artifact_name(scheme_name: str) -> str:

@@ -31,7 +31,7 @@ from vitedge.recipe import DataSpec, load_recipe
 
 BATCH_SIZE = 32
 SAMPLE_SEED = 0  # one seed, so that every row of every run sees the same sample
-KEY_VERSION = 1
+KEY_VERSION = 2
 
 
 @dataclass(frozen=True)

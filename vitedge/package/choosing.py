@@ -17,7 +17,7 @@ def chooses_tokens(artifact: Artifact) -> bool:
     """Whether positions that a graph finds by value are read by it."""
     if artifact.format == "onnx":
         return _run.chooses(onnx.load(artifact.path, load_external_data=False))
-    root = ElementTree.parse(artifact.path / "model.xml" if artifact.path.is_dir() else artifact.path).getroot()
+    root = ElementTree.parse(artifact.path).getroot()
     read = {(edge.attrib["from-layer"], edge.attrib["from-port"]) for edge in root.iter("edge")}
     found = [layer for layer in root.iter("layer") if layer.attrib["type"] == "TopK"]  # ArgMax is one too
     # Values come first, their positions second.

@@ -32,7 +32,7 @@ SHARES = {"fp32": 2.0**-13, "fp16": 2.0**-8, "bf16": 2.0**-5, "int8": 2.0**-6, "
 
 # Of a file that chooses tokens and rounds: another token changes what follows. DeiT-Ti at 224 px with merged tokens, int8, AVX2 against
 # AVX-512: up to 0.13 on the worst of 64 images, and 9 to 27 % of them outside the share for int8 above. All must keep the wider share,
-# and a quarter of them the narrow one: saturated int8 leaves that on every picture.
+# and a quarter of them the narrow one, which four pictures of such a file miss together once in two hundred times.
 CHOICE_SHARE, CLOSE = 2.0**-2, 0.25
 
 
