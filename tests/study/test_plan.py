@@ -66,8 +66,8 @@ def test_a_key_changes_with_what_a_row_is_made_from_and_with_nothing_else(tmp_pa
     assert not set(before.values()) & set(keys(plan_of(write_study(tmp_path, tmp_path), tmp_path / "out", Budget(0.5))).values())
     mine = keys(plan_of(write_study(tmp_path, tmp_path), tmp_path / "out", weights="mine.safetensors"))
     assert "trained, shared" not in mine and not set(before.values()) & set(mine.values())
-    yours = keys(plan_of(write_study(tmp_path, tmp_path), tmp_path / "out", weights="yours.safetensors"))
-    assert not set(mine.values()) & set(yours.values())
+    # Where it lies differs from machine to machine; what it holds, the study is held to.
+    assert keys(plan_of(write_study(tmp_path, tmp_path), tmp_path / "out", weights="elsewhere/mine.safetensors")) == mine
 
 
 def test_other_devices_take_the_checkpoint_of_the_one_without_an_accelerator(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.data.made import cifar100_members, tar_of
 from tests.study.made_study import answers, no_bars, plan_of, start, write_study
 from vitedge.artifact import Manifest
-from vitedge.errors import UnavailableError
+from vitedge.errors import UnavailableError, UsageError
+from vitedge.study.origins import find_origins
 from vitedge.study.plan import Plan
 from vitedge.study.queue import Queue
 from vitedge.study.rows import take_checkpoint
@@ -112,6 +114,36 @@ def test_a_failed_row_is_tried_again_when_asked_and_a_base_that_fails_is_named(t
     rows = run(plan_of(study, tmp_path / "out"), said, retry_failed=True)
     assert sum(line.endswith(": begun") for line in said) == 3  # the base, the row, measuring
     assert rows["Tiny / untouched"]["state"] == "done" and rows["Tiny / untouched"]["measurements"]
+
+
+def test_other_images_or_weights_under_the_same_name_are_refused(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    study, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "out")
+    before = (folder / "results.json").read_bytes()
+    other = tmp_path / "other"
+    for split in ("train", "test"):
+        for name in ("one", "two"):
+            (other / split / name).mkdir(parents=True)
+            Image.new("RGB", (16, 16)).save(other / split / name / "0.png")
+    with pytest.raises(UsageError, match=r"data set .*begun with: .*, found .*other"):
+        run(plan_of(study, tmp_path / "out", data=str(other)))
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_given_weights_are_known_by_their_bytes_wherever_they_lie(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    study, folder, _ = finished
+
+    def origins(path: Path) -> dict[str, str]:
+        found = find_origins(plan_of(study, folder, weights=str(path)), None)
+        return {one.name: one.digest for one in found if one.name.startswith("--weights")}
+
+    given, moved = tmp_path / "given.safetensors", tmp_path / "moved.safetensors"
+    shutil.copyfile(folder / "builds" / "trained" / "checkpoint.safetensors", given)
+    before = origins(Path(shutil.copyfile(given, moved)))
+    assert origins(given) == before and list(before) == ["--weights of test_vit"]
+    given.write_bytes(given.read_bytes()[:-1] + b"\x01")
+    assert origins(given) != before
+    assert origins(tmp_path / "nowhere") == {}  # which is why its rows will fail
 
 
 def test_a_device_that_is_not_here_says_so_in_its_rows(finished: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

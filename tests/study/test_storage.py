@@ -164,12 +164,15 @@ def test_without_the_extra_it_says_which(tmp_path: Path, monkeypatch: pytest.Mon
         open_storage(tmp_path)
 
 
-def test_the_same_budget_for_all_workers(tmp_path: Path) -> None:
+def test_what_was_begun_with_is_held_to(tmp_path: Path) -> None:
     with Queue(tmp_path, None, "shared") as queue:
-        queue.hold_to_budget("10 % of the steps")
-        queue.hold_to_budget("10 % of the steps")
-        with pytest.raises(UsageError, match="begun with: 10 % of the steps, found all of the work"):
-            queue.hold_to_budget("")
+        queue.hold_to("--budget", "", "all of the work", "give the same budget")
+        queue.hold_to("--budget", "", "all of the work", "give the same budget")
+        queue.hold_to("data set cifar10", "00ff", "one.tar (00ff)", "give the same bytes")
+    with Queue(tmp_path, None, "shared") as queue:
+        queue.hold_to("data set cifar10", "00ff", "elsewhere/one.tar (00ff)", "give the same bytes")
+        with pytest.raises(UsageError, match=r"data set cifar10: .* begun with: one\.tar \(00ff\), found two\.tar \(ff00\); choose"):
+            queue.hold_to("data set cifar10", "ff00", "two.tar (ff00)", "give the same bytes")
 
 
 def test_a_failed_task_is_put_in_again_only_when_asked(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What a study has to do: recipes built once because rows share them, and every row for every device.
 
-A task's key is a digest of all that it is made from, so that a row whose recipe, overrides, weights or base was changed is
-another task, and one that was done before is not done again.
+A task's key is a digest of what it is made from, so that a row whose recipe, overrides, base or named weights were changed is
+another task, and one that was done before is not done again. The bytes of images and weights are no part of it: a study is
+held to those it began with (`origins.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Task:
     """One thing to build.
 
     Attributes:
-        key: Digest of all that it is made from.
+        key: Digest of what it is made from.
         label: Of the row; name of the recipe for what rows share.
         device: Name of the device it is built for; empty for what rows share, of which only the checkpoint is built.
         folder: Name of its build folder.
@@ -91,6 +92,7 @@ class Plan:
         devices: Profiles, with the name or path that each was asked for by.
         tasks: In the order they are begun.
         data: `--data`.
+        weights: `--weights`.
         budget: Always a share.
         samples: Test images for top-1; None for all.
         narrowed: Whether `--only` left rows out.
@@ -101,6 +103,7 @@ class Plan:
     devices: tuple[tuple[str, Device], ...]
     tasks: tuple[Task, ...]
     data: str | None
+    weights: str | None
     budget: Budget
     samples: int | None
     narrowed: bool = False
@@ -129,7 +132,9 @@ def make_plan(spec: StudySpec, folder: Path, options: Options) -> Plan:
         budget = budget.within(sum(build_seconds(task.recipe, CHECKPOINT_STAGE if task.shared else None) for task in whole))
     tasks = _Resolver(spec, folder, devices, replace(options, budget=budget)).tasks()
     asked_samples = [count for count in (spec.measure.samples, budget.samples) if count is not None]
-    return Plan(spec, folder, devices, tuple(tasks), options.data, budget, min(asked_samples, default=None), bool(options.only))
+    return Plan(
+        spec, folder, devices, tuple(tasks), options.data, options.weights, budget, min(asked_samples, default=None), bool(options.only)
+    )
 
 
 def _selected(spec: StudySpec, only: Sequence[str]) -> StudySpec:
@@ -200,8 +205,8 @@ class _Resolver:
         weights = told = row.weights
         if weights == BASE:
             weights, base_needs = self._base()
-            # A path into the study's folder is another on each machine; what lies there is told by the keys of `needs`.
-            told = None if base_needs else weights
+            # A path is another on each machine; what the study builds there is told by the keys of `needs`.
+            told = None if base_needs else "--weights"
             needs += base_needs
         elif (weights, self.first) in built:
             source = built[str(weights), self.first]

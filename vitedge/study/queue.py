@@ -20,7 +20,8 @@ from vitedge.study.storage import LOST, STORAGE_LOCK, close_storage, hand_back, 
 if TYPE_CHECKING:
     import optuna
 
-KEY, NAME, ERROR, NOTES, BUDGET = "key", "name", "error", "notes", "budget"
+KEY, NAME, ERROR, NOTES = "key", "name", "error", "notes"
+BEGUN_WITH = "begun with"  # of the study: what all its rows have in common
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,29 @@ class Queue:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         close_storage(self.storage)
 
-    def hold_to_budget(self, label: str) -> None:
-        """Refuse a budget other than the one the study was begun with: its table would mix both.
+    def hold_to(self, name: str, identity: str, shown: str, fix: str) -> None:
+        """Refuse something other than what the study was begun with: its table would mix both.
+
+        Args:
+            name: What of the study.
+            identity: What must not change.
+            shown: The same for people.
+            fix: What to do besides choosing another folder.
 
         Raises:
             UsageError: It was begun with another.
         """
         with self._lock:
-            begun = self.study.user_attrs.get(BUDGET)
+            kept = f"{BEGUN_WITH} {name}"
+            begun = self.study.user_attrs.get(kept)
             if begun is None:
-                self.study.set_user_attr(BUDGET, label)
-            elif begun != label:
+                self.study.set_user_attr(kept, [identity, shown])
+            elif begun[0] != identity:
                 raise UsageError(
-                    "--budget",
-                    expected=f"what this study was begun with: {begun or 'all of the work'}",
-                    found=label or "all of the work",
-                    fix="choose another folder with -o (and another --storage), or give the same budget",
+                    name,
+                    expected=f"what this study was begun with: {begun[1]}",
+                    found=shown,
+                    fix=f"choose another folder with -o (and another --storage), or {fix}",
                 )
 
     def refresh(self, tasks: Mapping[str, str], again: bool = False) -> dict[str, State]:

@@ -21,6 +21,7 @@ from vitedge.host import probe_host
 from vitedge.pipeline import Bar
 from vitedge.study.estimate import estimate_measuring, estimate_task
 from vitedge.study.measure import Built, find_built, measure_device, measure_key
+from vitedge.study.origins import find_origins
 from vitedge.study.plan import Plan, Task
 from vitedge.study.queue import Claim, Queue, State
 from vitedge.study.results import collect, write_results
@@ -48,14 +49,15 @@ def run_study(
 
     Raises:
         UnavailableError: None of the devices is here, or Optuna is not installed.
-        UsageError: The study was begun with another budget, or the data that all rows share is not there.
+        UsageError: The study was begun with another budget, images or weights, or the data that all rows share is not there.
         OutputError: The study's folder cannot be written.
         KeyboardInterrupt: Told to end; the task at hand was handed back.
     """
     unavailable = find_unavailable(plan)
     with Queue(plan.folder, url, plan.spec.name) as queue:
-        queue.hold_to_budget(plan.budget.label)
-        worker = _Worker(plan, queue, unavailable, find_data(plan), say, bars)
+        data = find_data(plan)
+        _hold(plan, queue, data)
+        worker = _Worker(plan, queue, unavailable, data, say, bars)
         worker.put_in(retry_failed)
         worker.work()
         states = queue.states()
@@ -63,6 +65,13 @@ def run_study(
         path = write_results(plan, content)
     wanted = {**worker.names, **{key: "" for _, key in worker.measuring(states)}}
     return content, path, [states[key] for key in wanted if key in states and states[key].name == "failed"]
+
+
+def _hold(plan: Plan, queue: Queue, data: str | None) -> None:
+    """Refuse to go on with a study that was begun with another budget, other images or other weights."""
+    queue.hold_to("--budget", plan.budget.label, plan.budget.label or "all of the work", "give the same budget")
+    for origin in find_origins(plan, data):
+        queue.hold_to(origin.name, origin.digest, origin.shown, "give the same")
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:
