@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.report.made import BF16, FP32, INT8, made_table, other_conditions, row, study, write_bench, write_study
+from vitedge.bench.records import Measurement
 from vitedge.errors import UsageError
 from vitedge.report.against import is_quantized
 from vitedge.report.methods import methods
@@ -129,3 +130,47 @@ def test_a_gpu_row_has_its_own_column(tmp_path: Path):
     (method,) = methods(made_table(write_study(tmp_path, study(rows=[row("untouched", [FP32, gpu])]))))
     assert method.gpu is not None and method.gpu.measurement == gpu
     assert method.cpu is not None and method.cpu.measurement == FP32 and method.main is method.cpu
+
+
+def test_each_device_has_a_baseline_of_its_own_where_no_study_names_one(tmp_path: Path):
+    cuda = other_conditions(device="cuda")
+    torch = replace(FP32, artifact="checkpoint.safetensors", runtime="pytorch", provider="cuda", conditions=cuda)
+    gpu = [
+        replace(FP32, provider=f"{name}ExecutionProvider", conditions=cuda, images_per_s=rate)
+        for name, rate in (("CUDA", 100), ("Tensorrt", 300))
+    ]
+    table = made_table(write_bench(tmp_path / "a.json", [torch, *gpu, FP32, INT8]))
+    assert table.baselines() == [
+        "tiny: model.fp32.onnx in onnxruntime CUDAExecutionProvider fp32",
+        "tiny: model.fp32.onnx in onnxruntime fp32",
+    ]
+    said = [r.against_baseline.speed.relation for r in table.rows if r.against_baseline]
+    assert said.count("baseline") == 2 and "not comparable" not in said  # of two providers one is the baseline, and the other is compared
+
+
+def test_answers_are_held_against_a_run_that_has_them(tmp_path: Path):
+    write_bench(tmp_path / "a.json", [replace(FP32, top1=None, top1_interval=None, answers=None)])
+    write_bench(tmp_path / "b.json", [replace(m, conditions=other_conditions(date="2026-03-03T00:00:00+00:00")) for m in (FP32, INT8)])
+    (int8,) = [r for r in made_table(tmp_path).rows if r.measurement and r.measurement.precision == "int8"]
+    assert int8.against_baseline is not None and int8.against_baseline.flips.change == -4.0
+
+
+def test_every_cpu_has_a_line_of_its_own(tmp_path: Path):
+    def on(device: str, rate: float, **changes: object) -> list[Measurement]:
+        return [replace(m, conditions=other_conditions(device=device), images_per_s=m.images_per_s * rate, **changes) for m in (FP32, INT8)]  # type: ignore[arg-type]
+
+    fp32, int8 = ([a, b] for a, b in zip(on("board", 1.0), on("weak", 0.2, emulated=True), strict=True))
+    rows = [row("untouched", fp32), row("dynamic", int8, untouched="untouched")]
+    lines = methods(made_table(write_study(tmp_path, study(rows=rows))))
+    assert [(line.label, line.places) for line in lines] == [
+        ("untouched", "board"),
+        ("untouched", "weak (emulated)"),
+        ("dynamic", "board"),
+        ("dynamic", "weak (emulated)"),
+    ]
+    # A method that one of them has not stands on no line of the other.
+    rows = [row("untouched", fp32), row("dynamic", int8[1:], untouched="untouched")]
+    lines = methods(made_table(write_study(tmp_path, study(rows=rows))))
+    assert [(line.label, line.places) for line in lines][2:] == [("dynamic", "weak (emulated)")]
+    ratios = [line.cpu.against_untouched.speed.ratio for line in lines if line.cpu and line.cpu.against_untouched]
+    assert [round(ratio or 0, 2) for ratio in ratios] == [1.5]

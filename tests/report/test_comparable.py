@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.made import FP32, INT8, judged, made_table, other_conditions, row, study, write_study
+from tests.report.made import BF16, FP32, INT8, judged, made_table, other_conditions, row, study, write_study
 from vitedge.report.comparable import conditions_of, grouped
 
 
@@ -33,7 +33,6 @@ def test_rows_of_one_run_have_none(tmp_path: Path):
         ({"conditions": other_conditions(threads=1)}, "other threads than the baseline's: 1, not 2"),
         ({"conditions": other_conditions(commit="def+")}, "another commit than the baseline's: def+, not abc"),
         ({"conditions": other_conditions(versions={"vitedge": "1", "openvino": "3"})}, "openvino 3, not None"),
-        ({"conditions": other_conditions(load_average=[1.5, 0, 0])}, "busy"),
         ({"unstable": "the rounds' medians differ by 30 %"}, "unstable: the rounds' medians differ by 30 %"),
         (
             {"emulated": True, "conditions": other_conditions(mismatches=["arch: a, b"], environment={"ISA": "AVX2"})},
@@ -47,6 +46,28 @@ def test_what_differs_is_said(tmp_path: Path, changes: dict[str, Any], words: st
     found = warned(tmp_path, replace(INT8, **changes))
     assert len(found) == 1
     assert words in found[0]
+
+
+def test_a_host_that_was_busy_is_said_of_all_that_it_timed(tmp_path: Path):
+    busy = other_conditions(load_average=[1.5, 0, 0])
+    rows = [row("untouched", [replace(FP32, conditions=busy)]), row("dynamic", [replace(INT8, conditions=busy)])]
+    table = made_table(write_study(tmp_path, study(rows=rows)))
+    assert grouped(table.rows) == [("the host was busy before it was timed (load 1.50 on 2 cores)", ["all rows"])]
+
+
+def test_what_a_ratio_stands_on_is_named_where_it_did_not_settle(tmp_path: Path):
+    shaky = replace(BF16, unstable="it shook")
+    rows = [row("untouched", [FP32, shaky]), row("dynamic", [INT8], untouched="untouched")]
+    fp32, bf16, dynamic = made_table(write_study(tmp_path, study(rows=rows))).rows
+    said = "compared with an unstable figure: untouched: model.fp32.onnx in openvino bf16"
+    assert fp32.warnings == dynamic.warnings == (said,) and bf16.warnings == ("unstable: it shook",)
+
+
+def test_why_a_change_is_missing_is_said_once(tmp_path: Path):
+    unjudged = replace(FP32, top1=None, top1_interval=None, answers=None)
+    rows = [row("untouched", [FP32]), row("longer", [unjudged]), row("dynamic", [INT8], continued="longer")]
+    dynamic = made_table(write_study(tmp_path, study(rows=rows))).rows[2]
+    assert dynamic.warnings == ("not compared: top-1 of longer was not measured",)
 
 
 def test_images_of_one_name_and_other_content_are_told_apart(tmp_path: Path):

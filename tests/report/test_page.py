@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -89,6 +90,8 @@ def test_the_policy_allows_its_own_scripts_and_no_connection(page: Page):
         body for body, attrs in zip(page.inside["script"], page.all("script"), strict=True) if attrs.get("type") != "application/json"
     ]
     assert len(scripts) == 3
+    # The library is run as what it is unpacked to, and that is what its hash is of.
+    scripts[0] = gzip.decompress(base64.b64decode(scripts[0])).decode()
     hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()}'" for body in scripts]
     assert rules["script-src"] == hashes
     assert not any("\r" in body for body in scripts)

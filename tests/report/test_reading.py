@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import vitedge
-from tests.report.made import FP32, INT8, row, study, write_bench, write_study
+from tests.report.made import FP32, INT8, other_conditions, row, study, write_bench, write_study
 from vitedge.bench.records import Measurement, Skipped
 from vitedge.errors import InputError, UsageError
+from vitedge.report.against import with_comparisons
+from vitedge.report.comparable import with_warnings
+from vitedge.report.figures import pareto_size
+from vitedge.report.grids import grids
 from vitedge.report.reading import read
 
 
@@ -126,6 +131,70 @@ def test_a_bad_measurement_names_its_place(tmp_path: Path):
     table = read([path])
     assert [r.measurement for r in table.rows] == [INT8]
     assert "measurements.0.images_per_s" in table.problems[0]
+
+
+DAMAGE = {
+    "rounds: none": ("rounds", []),
+    "rates: expected": ("rounds", [{}]),
+    "rates: expected finite": ("images_per_s", float("nan")),
+    "rates: expected finite numbers": ("iterations_per_s", 0.0),
+    "samples_ms: expected": ("samples_ms", [[0.0]]),
+    "size_bytes: expected": ("size_bytes", 0),
+    "conditions.versions: expected a dict": ("conditions", {"device": "board", "versions": [1]}),
+    "conditions.load_average: expected numbers": ("conditions", {"device": "board", "load_average": ["much"]}),
+    "answers: damage": ("answers", {"images": "made", "count": 3}),
+}
+
+
+@pytest.mark.parametrize("words", sorted(DAMAGE))
+def test_figures_that_no_report_could_show_are_one_line_with_their_place(tmp_path: Path, words: str):
+    path = write_bench(tmp_path / "out.json", [FP32, INT8])
+    content = json.loads(path.read_text())
+    name, value = DAMAGE[words]
+    content["measurements"][0][name] = value
+    path.write_text(json.dumps(content))
+    table = read([path])
+    assert [r.measurement for r in table.rows] == [INT8]
+    assert f"out.json: measurements.0: a damaged measurement: {words}" in table.problems[0]
+
+
+def test_json_of_the_wrong_shape_is_one_line(tmp_path: Path):
+    good = write_bench(tmp_path / "good.json", [FP32])
+    deep, skipped, measurements = (tmp_path / f"{name}.json" for name in ("deep", "skipped", "measurements"))
+    deep.write_text("[" * 100_000)
+    skipped.write_text(json.dumps({**json.loads(good.read_text()), "skipped": 5}))
+    measurements.write_text(json.dumps(study(rows=[{**row("untouched", []), "measurements": 7}])))
+    table = read([deep, skipped, measurements, good])
+    assert [r.measurement for r in table.rows] == [FP32]
+    assert len(table.problems) == 2 and "deep.json" in table.problems[0] and "rows.0.measurements: expected a list" in table.problems[1]
+
+
+def test_builds_of_one_name_in_different_places_are_told_apart(tmp_path: Path):
+    for place, sha256 in (("first", "aa"), ("second", "bb")):
+        folder = tmp_path / place / "tiny"
+        write_bench(folder / "report.json", [replace(FP32, sha256=sha256), replace(INT8, sha256=f"{sha256}8")])
+        (folder / "manifest.json").write_text("{}")
+    labels = [r.label for r in read([tmp_path / "first" / "tiny", tmp_path / "second" / "tiny"]).rows]
+    assert labels == ["tiny (first/tiny)"] * 2 + ["tiny (second/tiny)"] * 2
+
+
+def test_two_studies_with_the_same_labels_stay_two(tmp_path: Path):
+    write_study(tmp_path / "studies" / "ten", study(study="ten"))
+    hundred = [replace(m, top1_images="another set", conditions=other_conditions(date="2026-02-02T00:00:00+00:00")) for m in (FP32, INT8)]
+    rows = [row("untouched", [hundred[0]]), row("dynamic", [hundred[1]], untouched="untouched")]
+    write_study(tmp_path / "studies" / "hundred", study(study="hundred", rows=rows))
+    table = with_warnings(with_comparisons(read([tmp_path])))  # as in `vitedge report build/`
+    assert {r.label for r in table.rows if r.study == "ten"} == {"untouched (ten)", "dynamic (ten)", "pruned"}
+    changed = [r for r in table.rows if r.label == "dynamic (hundred)"]
+    assert [(r.untouched, r.baseline, r.warnings) for r in changed] == [("untouched (hundred)", "untouched (hundred)", ())]
+    (flips,) = [grid for grid in grids(table) if grid.name == "flips"]
+    assert {line[0].text for line in flips.lines} == {"untouched (ten)", "dynamic (ten)", "dynamic (hundred)"}
+    assert {figure.title.split(", ")[-1] for figure in pareto_size(table)} == {FP32.top1_images, "another set"}
+
+
+def test_a_study_of_which_only_some_rows_were_measured_is_read(tmp_path: Path):
+    write_study(tmp_path / "small").rename(tmp_path / "small" / "results.only.json")
+    assert len(read([tmp_path]).rows) == len(read([tmp_path / "small"]).rows) == 4
 
 
 def test_nothing_to_read_says_what_to_run(tmp_path: Path):

@@ -2,7 +2,8 @@
 
 A reference is a label or one row's whole name. Speed goes against the fastest artifact of that label at the same
 batch size, on the same device, in any runtime and precision: what a user would have without the method. Answers
-and size go against its fp32 file. A reference of which that row has none is said, never replaced by another.
+and size go against its fp32 file. Both are kept with the comparison by name. A reference that the row's device has
+none of is said, never replaced by another.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vitedge.bench.compare import Comparison, Flips, compare_answers, compare_speed, why_not_comparable
+from vitedge.bench.compare import Comparison, Flips, compare_answers, compare_speed, run_of, why_not_comparable
 from vitedge.bench.records import Measurement
 from vitedge.errors import UsageError, closest
 from vitedge.report.records import Against, Row, Table
@@ -21,7 +22,7 @@ def with_comparisons(table: Table, baseline: str | None = None) -> Table:
 
     Args:
         table: As it was read.
-        baseline: Label or whole name of a row; None for the study's, and outside of a study the first fp32 row.
+        baseline: Label or whole name of a row; None for the study's, and outside of a study each device's first fp32 row.
 
     Raises:
         UsageError: No measured row is called that.
@@ -30,13 +31,12 @@ def with_comparisons(table: Table, baseline: str | None = None) -> Table:
     measured = table.measured
     if baseline is not None:
         _check(baseline, measured)
-    default = _default(measured)
     rows = []
     for row in table.rows:
         if row.measurement is None:
             rows.append(row)
             continue
-        name = baseline or row.baseline or default
+        name = baseline or row.baseline or _default(row, measured)
         rows.append(
             replace(
                 row,
@@ -61,52 +61,76 @@ def _check(baseline: str, measured: Sequence[Row]) -> None:
         )
 
 
-def _default(measured: Sequence[Row]) -> str:
-    """The first fp32 row's name, else the first row's: without a study nobody said which row is the baseline."""
-    fp32 = [row for row in measured if row.measurement is not None and row.measurement.precision == "fp32"]
-    return next((row.name for row in [*fp32, *measured]), "")
+def _default(row: Row, measured: Sequence[Row]) -> str:
+    """The name of the first fp32 row of the same device, of ONNX Runtime if there is one: without a study nobody said which it is."""
+    here = [other for other in measured if other.device == row.device]
+    return min(here, key=lambda other: (not _is_plain(other), not _runs_in(other, "onnxruntime"))).name
+
+
+def rows_named(name: str, row: Row, measured: Sequence[Row]) -> list[Row]:
+    """What a row's reference of that name or label may be: in its own study, else wherever there is one."""
+    named = [other for other in measured if name in (other.label, other.name)]
+    return [other for other in named if other.study == row.study] or named
 
 
 def _against(row: Row, name: str, measured: Sequence[Row]) -> Against:
     """One row beside the reference of that name."""
     own = row.measurement
     assert own is not None
-    same_study = [other for other in measured if other.study == row.study] or list(measured)
-    named = [other for other in same_study if name in (other.label, other.name)] or [o for o in measured if name in (o.label, o.name)]
-    here = [other.measurement for other in named if other.device == row.device and other.measurement is not None]
+    named = rows_named(name, row, measured)
+    here = [other for other in named if other.device == row.device]
     if not here:
         where = f"on {row.device}" if named else "at all"
         reason = f"{name} was not measured {where}"
-        return Against(
-            Comparison("not comparable", baseline=name, reason=reason), Flips("not comparable", baseline=name, reason=reason), None
-        )
-    plain = _fp32_of(here, own)
-    same_batch = [m for m in here if m.batch_size == own.batch_size]
-    # A recipe that was measured twice has a reference in each run; only that of its own run can be compared.
-    same_batch = [m for m in same_batch if not why_not_comparable(own, m)] or same_batch
-    if any(m is own for m in here) and (name == row.name or _is_fastest(own, same_batch)):
-        speed = Comparison("baseline", 1.0, 1.0, 1.0, name)
-    elif not same_batch:
+        return Against(Comparison("not comparable", baseline=name, reason=reason), Flips("not comparable", baseline=name, reason=reason))
+    plain = min(here, key=lambda other: _unlike_plain(other, own))
+    fastest = _fastest(here, own)
+    if fastest is None:
         speed = Comparison("not comparable", baseline=name, reason=f"{name} was not measured at batch size {own.batch_size}")
+    elif fastest is row or (name == row.name and not why_not_comparable(own, _of(fastest))):
+        speed = Comparison("baseline", 1.0, 1.0, 1.0, name)
     else:
-        speed = compare_speed(own, max(same_batch, key=lambda m: m.images_per_s), name)
+        speed = compare_speed(own, _of(fastest), name)
+    other = _of(plain)
     # Its own batch sizes share one judging, and are one row of answers.
-    flips = Flips("baseline", baseline=name) if plain.sha256 == own.sha256 and _place(plain) == _place(own) else None
-    return Against(speed, flips or compare_answers(own, plain, name), own.size_bytes / plain.size_bytes if plain.size_bytes else None)
+    flips = Flips("baseline", baseline=name) if other.sha256 == own.sha256 and _place(other) == _place(own) else None
+    size_ratio = own.size_bytes / other.size_bytes if other.size_bytes else None
+    return Against(speed, flips or compare_answers(own, other, name), size_ratio, fastest, plain)
 
 
-def _is_fastest(own: Measurement, others: Sequence[Measurement]) -> bool:
-    return max(others, key=lambda m: m.images_per_s) is own
+def _fastest(here: Sequence[Row], own: Measurement) -> Row | None:
+    """The fastest of a reference's rows at the same batch size, of the same run where it was measured in several; None without any."""
+    same_batch = [other for other in here if _of(other).batch_size == own.batch_size]
+    same_batch = [other for other in same_batch if not why_not_comparable(own, _of(other))] or same_batch
+    return max(same_batch, key=lambda other: _of(other).images_per_s, default=None)
 
 
-def _fp32_of(measurements: Sequence[Measurement], own: Measurement) -> Measurement:
-    """The reference for answers and size: its fp32 row in the same runtime, else in ONNX Runtime, else any fp32, else its first."""
-    fp32 = [m for m in measurements if m.precision == "fp32" == m.float_precision and not is_quantized(m)] or list(measurements)
-    for runtime in (own.runtime, "onnxruntime"):
-        for m in fp32:
-            if m.runtime == runtime:
-                return m
-    return fp32[0]
+def _unlike_plain(row: Row, own: Measurement) -> tuple[bool, ...]:
+    """Smallest for the row that answers and size are best held against: fp32, judged on the same images, of the same run and runtime."""
+    m = _of(row)
+    images = (own.answers or {}).get("images")
+    return (
+        not _is_plain(row),
+        images is not None and (m.answers or {}).get("images") != images,
+        m.top1 is None,
+        run_of(m.conditions) != run_of(own.conditions),
+        m.runtime != own.runtime,
+        m.runtime != "onnxruntime",
+    )
+
+
+def _of(row: Row) -> Measurement:
+    assert row.measurement is not None
+    return row.measurement
+
+
+def _is_plain(row: Row) -> bool:
+    m = _of(row)
+    return m.precision == "fp32" == m.float_precision and not is_quantized(m)
+
+
+def _runs_in(row: Row, runtime: str) -> bool:
+    return _of(row).runtime == runtime
 
 
 def _place(measurement: Measurement) -> tuple[str, str, str, str]:

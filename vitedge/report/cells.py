@@ -60,8 +60,10 @@ def change(said: Flips | None) -> tuple[str, str]:
 
 
 def drop(found: Difference | None) -> tuple[str, str]:
-    """Points below the fp32 file of the same recipe, and the interval."""
-    return (NONE, "") if found is None else (points(found.points), interval(found.low, found.high))
+    """Points below the fp32 file of the same recipe, and the interval; `same` says that it covers 0."""
+    if found is None:
+        return NONE, ""
+    return f"{'same ' if found.low <= 0 <= found.high else ''}{points(found.points)}", interval(found.low, found.high)
 
 
 def top1(measurement: Measurement) -> tuple[str, str]:

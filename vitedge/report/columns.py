@@ -70,11 +70,20 @@ def _references(which: str, whom: str) -> list[Column]:
         found = beside(row)
         return found.size_ratio if found else None
 
+    def name_of(reference: str) -> Callable[[Row], str | None]:
+        def name(row: Row) -> str | None:
+            other = getattr(beside(row), reference, None)
+            return other.name if other is not None else None
+
+        return name
+
     def reasons(row: Row) -> str | None:
         return "; ".join(dict.fromkeys(said.reason for said in (speed(row), flips(row)) if said.reason)) or None
 
     return [
         Column(f"{which}_name", f"what the next columns compare with: {whom}", lambda row: speed(row).baseline or None),
+        Column(f"speed_reference_of_{which}", "its fastest row, which speed is compared with", name_of("fastest")),
+        Column(f"answers_reference_of_{which}", "its fp32 row, which answers and size are compared with", name_of("plain")),
         Column(f"speed_vs_{which}", "baseline, faster, same, slower, unknown or not comparable", lambda row: speed(row).relation or None),
         Column(f"speed_ratio_vs_{which}", "images per second over its fastest artifact's", lambda row: speed(row).ratio),
         Column(f"speed_ratio_low_vs_{which}", "lower end of the 95 % interval", lambda row: speed(row).low),

@@ -10,13 +10,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from vitedge.bench.compare import HOST
+from vitedge.bench.compare import HOST, run_of
 from vitedge.bench.records import Measurement
-from vitedge.report.records import Row, Table
+from vitedge.report.against import rows_named
+from vitedge.report.records import Against, Row, Table
 
 MOST_NAMES = 3
-# Beginnings of reasons in `vitedge.bench.compare` that have a warning of their own here.
-SAID = ("another host", "another run", "other images", "top-1 of")
+# Beginnings of reasons in `vitedge.bench.compare`, and of the warnings here that say the same.
+SAID = {
+    "another host": ("another host",),
+    "another run": ("another run",),
+    "other images": ("other images", "images of another content"),
+    "top-1 of this row": ("top-1 not measured",),
+}
 
 
 def with_warnings(table: Table) -> Table:
@@ -47,7 +53,8 @@ def _name(row: Row) -> str:
 
 
 def _reference(row: Row, measured: Sequence[Row]) -> Measurement | None:
-    named = [other for other in measured if row.baseline in (other.label, other.name)]
+    """The first row of the baseline, of the row's own study and device if there is one."""
+    named = rows_named(row.baseline, row, measured)
     nearest = [other for other in named if other.device == row.device] or named or list(measured)
     return nearest[0].measurement
 
@@ -65,18 +72,34 @@ def _warn(row: Row, reference: Measurement | None) -> list[str]:
         found.append(f"top-1 not measured: {own.top1_reason}")
     if own is not reference:
         found += _differences(own, reference)
-    found += _not_compared(row)
+    found += _shaky_references(row)
+    found += _not_compared(row, found)
     load, cores = own.conditions.get("load_average"), own.conditions.get("cores")
     if load and cores and load[0] > cores / 2:
         found.append(f"the host was busy before it was timed (load {load[0]:.2f} on {cores} cores)")
     return found
 
 
-def _not_compared(row: Row) -> list[str]:
+def _sides(row: Row) -> list[Against]:
+    return [side for side in (row.against_baseline, row.against_untouched, row.against_continued) if side is not None]
+
+
+def _shaky_references(row: Row) -> list[str]:
+    """What its speed is compared with and did not settle: the ratio is no better than both."""
+    references = [side.fastest for side in _sides(row) if side.fastest and side.fastest.measurement is not row.measurement]
+    shaky = dict.fromkeys(other.name for other in references if other.measurement is not None and other.measurement.unstable)
+    return [f"compared with an unstable figure: {name}" for name in shaky]
+
+
+def _not_compared(row: Row, found: Sequence[str]) -> list[str]:
     """Why a ratio or a change is missing, where no other warning says so."""
-    sides = [side for side in (row.against_baseline, row.against_untouched, row.against_continued) if side is not None]
-    reasons = dict.fromkeys(said.reason for side in sides for said in (side.speed, side.flips) if said.reason)
-    return [f"not compared: {reason}" for reason in reasons if not reason.startswith(SAID)]
+    reasons = dict.fromkeys(said.reason for side in _sides(row) for said in (side.speed, side.flips) if said.reason)
+    return [f"not compared: {reason}" for reason in reasons if not _is_said(reason, found)]
+
+
+def _is_said(reason: str, found: Sequence[str]) -> bool:
+    meant = next((warnings for beginning, warnings in SAID.items() if reason.startswith(beginning)), ())
+    return any(text.startswith(warning) for text in found for warning in meant)
 
 
 def _emulated(conditions: dict[str, Any]) -> str:
@@ -90,7 +113,7 @@ def _differences(own: Measurement, reference: Measurement) -> list[str]:
     found = []
     if any(here.get(name) != there.get(name) for name in HOST):
         found.append(f"another host than the baseline's: {_host(here)}, not {_host(there)}")
-    elif here.get("date") != there.get("date"):
+    elif run_of(here) != run_of(there):
         found.append(f"another run than the baseline's: {here.get('date')}, not {there.get('date')}")
     if own.top1 is not None and reference.top1 is not None and _images(own, reference):
         found.append(_images(own, reference))
@@ -140,6 +163,6 @@ def _lines(measurement: Measurement) -> list[str]:
         f"device {c.get('device')}{emulated}: {c.get('cpu')}, {c.get('threads')} threads of {c.get('cores')} usable cores, "
         f"{c.get('memory_mib')} MiB, {c.get('os')}, governor {c.get('governor') or 'unknown'}, load {load[0]:.2f} before",
         f"{c.get('rounds')} rounds in turns, each a new process, at least {c.get('seconds')} s and {c.get('iterations')} inferences after "
-        "warm-up; ratios paired over rounds, 95 % bootstrap interval; `same` is a difference inside it",
+        "warm-up; ratios paired over rounds, 95 % bootstrap interval (`vs fp32`: Student's t); `same` is a difference inside it",
         f"{versions}; vitedge commit {c.get('commit')}; seed {c.get('seed')}; {c.get('date')}",
     ]

@@ -11,6 +11,9 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 MANY = 250  # points of a curve that a plot can show
+ALL = 12_000  # of all curves of one plot, which a page carries
+FEWEST = 20
+DIGITS = 5  # of a value: more than a plot can show
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ def read_curves(builds: Sequence[Path], metric: str) -> tuple[list[Curve], list[
         builds: Build folders; those without a training have no curve.
         metric: `loss`, `validation_top1` ...
     """
+    most = min(MANY, max(FEWEST, ALL // max(1, len(builds))))
     curves: list[Curve] = []
     problems: list[str] = []
     for build in builds:
@@ -51,9 +55,10 @@ def read_curves(builds: Sequence[Path], metric: str) -> tuple[list[Curve], list[
         points = _points(lines, metric)
         if points:
             # The last point is the training's result, so it is always among those kept.
-            kept = points[:: -(-len(points) // MANY)]
+            kept = points[:: -(-len(points) // most)]
             kept += [] if kept[-1] is points[-1] else [points[-1]]
-            curves.append(Curve(build.name, tuple(step for step, _ in kept), tuple(value for _, value in kept), len(points)))
+            values = tuple(float(f"{value:.{DIGITS}g}") for _, value in kept)
+            curves.append(Curve(build.name, tuple(step for step, _ in kept), values, len(points)))
     return curves, problems
 
 

@@ -14,10 +14,13 @@ from typing import Any
 from vitedge.bench.records import Measurement
 from vitedge.report.cells import MIB, short
 from vitedge.report.curves import Curve, read_curves
+from vitedge.report.places import Place, place_names, place_of
 from vitedge.report.records import Row, Table
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#888888")
-SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "pentagon", "hexagram", "bowtie")
+SHAPES = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "pentagon", "hexagram", "hexagon")
+SYMBOLS = tuple(f"{shape}{fill}" for fill in ("", "-open", "-dot") for shape in SHAPES)
+MARKED = 8  # points of a curve that have a marker, so that curves differ by more than colour and dashes
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 DRAWN_SAMPLES = 200  # of a row's inferences
 DRAWN_BOXES = 40  # rows whose latencies are drawn
@@ -71,28 +74,45 @@ def front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[i
 
 
 def pareto_speed(table: Table) -> list[Figure]:
-    """Top-1 against images per second, a plot per device and batch size: other places are other axes."""
-    places = list(dict.fromkeys((row.device, row.measurement.batch_size) for row in table.measured if row.measurement))
+    """Top-1 against images per second, a plot per place and batch size: other places are other axes."""
+    names = place_names(table.rows)
+    groups: dict[tuple[Place, int], list[Row]] = {}
+    for row in table.measured:
+        if row.measurement:
+            groups.setdefault((place_of(row), row.measurement.batch_size), []).append(row)
     made: list[Figure] = []
-    for device, batch in places:
-        rows = [row for row in table.measured if row.measurement and (row.device, row.measurement.batch_size) == (device, batch)]
-        title = f"Top-1 against images/s on {device}, batch {batch}"
-        made += _pareto(f"pareto-speed-{len(made)}", title, "images per second", rows, lambda m: m.images_per_s, True)
+    for (place, batch), rows in groups.items():
+        title = f"Top-1 against images/s on {names[place]}, batch {batch}"
+        made += _paretos(f"pareto-speed-{len(made)}", title, "images per second", rows, lambda m: m.images_per_s, True)
     return made
 
 
 def pareto_size(table: Table) -> list[Figure]:
-    """Top-1 against MiB: one point per file, runtime and precision, of the first place it was measured in."""
-    firsts: dict[str, Row] = {}
-    for row in table.measured:
-        firsts.setdefault(f"{row.study} {row.name}", row)
-    return _pareto("pareto-size", "Top-1 against size", "MiB on disk", list(firsts.values()), lambda m: m.size_bytes / MIB, False)
+    """Top-1 against MiB: one point per file, runtime and precision, of the first place it was judged in."""
+    firsts: dict[tuple[str, str, str], Row] = {}
+    for row in sorted(table.measured, key=lambda row: row.measurement is None or row.measurement.top1 is None):
+        firsts.setdefault((row.study, row.source, row.name), row)
+    return _paretos("pareto-size", "Top-1 against size", "MiB on disk", list(firsts.values()), lambda m: m.size_bytes / MIB, False)
 
 
-def _pareto(name: str, title: str, x_title: str, rows: Sequence[Row], x_of: Any, more_is_better: bool) -> list[Figure]:
-    known = [row for row in rows if row.measurement is not None and row.measurement.top1 is not None]
-    if not known:
-        return []
+def _paretos(name: str, title: str, x_title: str, rows: Sequence[Row], x_of: Any, more_is_better: bool) -> list[Figure]:
+    """A plot for each set of images: accuracies on different images have no front in common."""
+    sets: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        m = row.measurement
+        if m is not None and m.top1 is not None:
+            sets.setdefault((m.top1_images, str((m.answers or {}).get("images"))), []).append(row)
+    left = len(rows) - sum(len(known) for known in sets.values())
+    note = "Points of the dotted front are beaten by none in both; bars are 95 % intervals."
+    note += f" {left} {'row has' if left == 1 else 'rows have'} no top-1 and no point." if left else ""
+    made = []
+    for number, ((images, _), known) in enumerate(sets.items()):
+        own_title, own_name = (f"{title}, {images}", f"{name}-{number}") if len(sets) > 1 else (title, name)
+        made.append(_pareto(own_name, own_title, note, x_title, known, x_of, more_is_better))
+    return made
+
+
+def _pareto(name: str, title: str, note: str, x_title: str, known: Sequence[Row], x_of: Any, more_is_better: bool) -> Figure:
     points = [(float(x_of(row.measurement)), float(row.measurement.top1 or 0.0)) for row in known if row.measurement]
     best = front(points, more_is_better)
     line = {"color": "#888888", "dash": "dot", "width": 2, "shape": "vh" if more_is_better else "hv"}
@@ -111,11 +131,8 @@ def _pareto(name: str, title: str, x_title: str, rows: Sequence[Row], x_of: Any,
     for place, group in enumerate(dict.fromkeys(groups)):
         own = [i for i, name in enumerate(groups) if name == group]
         traces.append(_markers(group, place, [known[i] for i in own], [points[i] for i in own]))
-    left = len(rows) - len(known)
-    note = "Points of the dotted front are beaten by none in both; bars are 95 % intervals."
-    note += f" {left} {'row has' if left == 1 else 'rows have'} no top-1 and no point." if left else ""
     layout = {"xaxis": {"title": {"text": x_title}}, "yaxis": {"title": {"text": "top-1, %"}}, "hovermode": "closest"}
-    return [Figure(name, title, note, traces, layout)]
+    return Figure(name, title, note, traces, layout)
 
 
 def _groups(rows: Sequence[Row]) -> list[str]:
@@ -171,17 +188,17 @@ def _hover(row: Row) -> str:
 
 
 def latencies(table: Table) -> list[Figure]:
-    """Times of single inferences, a box per row, a plot per device at its smallest batch size."""
+    """Times of single inferences, a box per row, a plot per place at its smallest batch size."""
     made: list[Figure] = []
-    for device in dict.fromkeys(row.device for row in table.measured):
-        own = [row for row in table.measured if row.device == device and row.measurement and any(row.measurement.samples_ms)]
+    for place, name in place_names(table.rows).items():
+        own = [row for row in table.measured if place_of(row) == place and row.measurement and any(row.measurement.samples_ms)]
         if not own:
             continue
         batch = min(row.measurement.batch_size for row in own if row.measurement)
         rows = [row for row in own if row.measurement and row.measurement.batch_size == batch]
         drawn = rows[:DRAWN_BOXES]
         # The first row stands on top; Plotly counts categories from below.
-        traces = [_box(row, place) for place, row in reversed(list(enumerate(drawn)))]
+        traces = [_box(row, index) for index, row in reversed(list(enumerate(drawn)))]
         note = f"Each box is drawn from at most {DRAWN_SAMPLES} of a row's inferences, evenly spaced from the shortest to the longest."
         note += f" {len(rows) - len(drawn)} further rows are not drawn." if len(rows) > len(drawn) else ""
         layout = {
@@ -190,7 +207,7 @@ def latencies(table: Table) -> list[Figure]:
             "showlegend": False,
             "hovermode": "closest",
         }
-        title = f"Latency on {device}, batch {batch}"
+        title = f"Latency on {name}, batch {batch}"
         made.append(Figure(f"latency-{len(made)}", title, note, traces, layout, 160 + 34 * len(drawn)))
     return made
 
@@ -226,12 +243,12 @@ def curve_figure(name: str, title: str, y_title: str, curves: Sequence[Curve]) -
     traces = [
         {
             "type": "scatter",
-            "mode": "lines+markers" if len(curve.steps) <= 30 else "lines",
+            "mode": "lines+markers",
             "name": html.escape(curve.build, quote=False),
             "x": list(curve.steps),
             "y": list(curve.values),
             "line": {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place % len(DASHES)], "width": 2},
-            "marker": {"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 7},
+            "marker": {"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 7, "maxdisplayed": MARKED},
         }
         for place, curve in enumerate(curves)
     ]

@@ -13,7 +13,7 @@ from vitedge.bench.records import Measurement
 from vitedge.report import cells
 from vitedge.report.cells import NONE
 from vitedge.report.methods import Method, has_methods, methods
-from vitedge.report.records import Against, Row, Table, precision_of
+from vitedge.report.records import Against, Row, Table, file_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _method_line(method: Method) -> tuple[Shown, ...]:
     untouched = row.against_untouched if row else None
     continued = row.against_continued if row else None
     return (
-        Shown(method.label, _artifact(row)),
+        Shown(method.label, _artifact(row, method.places)),
         _top1(own, _paper(method, "top1")),
         _change(untouched, "" if method.paper_change is None else cells.signed(method.paper_change)),
         _change(continued),
@@ -116,21 +116,19 @@ def _method_line(method: Method) -> tuple[Shown, ...]:
         _speed(method.cpu.against_untouched if method.cpu else None, _paper_ratio(method, "cpu_it_s")),
         _rate(method.gpu, _paper(method, "gpu_it_s")),
         _speed(method.gpu.against_untouched if method.gpu else None, _paper_ratio(method, "gpu_it_s")),
-        Shown(
-            NONE if own is None else cells.mib(own), paper=_paper(method, "size_mb"), order=None if own is None else float(own.size_bytes)
-        ),
+        _mib(own, _paper(method, "size_mb")),
         _size(untouched, _paper_ratio(method, "size_mb")),
         Shown(method.budget or NONE),
         Shown("; ".join(method.failures) or NONE),
     )
 
 
-def _artifact(row: Row | None) -> str:
+def _artifact(row: Row | None, places: str) -> str:
     if row is None or row.measurement is None:
         return ""
     m = row.measurement
     batch = "" if m.batch_size == 1 else f", batch {m.batch_size}"
-    return f"{m.artifact} in {m.runtime} {precision_of(m)}{batch}"
+    return f"{file_of(m)}{batch}{f', on {places}' if places else ''}"
 
 
 def _paper(method: Method, name: str) -> str:
@@ -185,8 +183,8 @@ _MEASUREMENT_HEADS = (
     Head("p99 ms", "99 % quantile", brief=False),
     Head("RSS MiB", "highest resident memory of the measuring process", brief=False),
     Head("top-1 %", "with the 95 % Wilson interval"),
-    Head("drop", "points below fp32 of the same recipe, same images, with the 95 % interval", brief=False),
-    Head("vs fp32", "images/s over fp32 of the same recipe and runtime, with the 95 % interval", brief=False),
+    Head("drop", "points below fp32 of the same recipe, same images, with the 95 % interval; `same` inside the noise", brief=False),
+    Head("vs fp32", "images/s over fp32 of the same recipe and runtime, with the 95 % t interval", brief=False),
     Head("speed vs baseline", "images/s over the baseline's fastest artifact, with the 95 % interval; `same` inside the noise"),
     Head("top-1 vs baseline", "points above the baseline's fp32 file, same images, with the 95 % interval; `same` inside the noise"),
     Head("budget", "how the figures were made with less work", numeric=False, brief=False),
@@ -216,7 +214,7 @@ def _measured_line(row: Row, m: Measurement) -> tuple[Shown, ...]:
     quantiles = [latency.p50, latency.p90, latency.p99]
     fp32 = m.verdict.ratio if m.verdict.relation != "baseline" else 1.0
     return (
-        Shown(row.label, f"{m.artifact} in {m.runtime} {precision_of(m)}"),
+        Shown(row.label, file_of(m)),
         Shown(f"{row.device}{' (emulated)' if m.emulated else ''}"),
         Shown(str(m.batch_size), order=float(m.batch_size)),
         Shown(cells.mib(m), order=float(m.size_bytes)),
@@ -248,18 +246,18 @@ _FLIP_HEADS = (
 
 def _flips_grid(table: Table) -> Grid:
     lines: list[tuple[Shown, ...]] = []
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     for row in table.measured:
         m, said = row.measurement, row.against_baseline.flips if row.against_baseline else None
         if m is None or said is None or said.change is None:
             continue
-        key = (row.name, row.device, said.baseline)
+        key = (row.study, row.source, row.name, row.device, said.baseline)
         if key in seen:  # batch sizes of a row share its answers
             continue
         seen.add(key)
         lines.append(
             (
-                Shown(row.label, f"{m.artifact} in {m.runtime} {precision_of(m)}"),
+                Shown(row.label, file_of(m)),
                 Shown(said.baseline),
                 Shown(f"{said.images:,}", order=float(said.images)),
                 Shown("" if said.agreement is None else f"{said.agreement:.2f}", order=said.agreement),

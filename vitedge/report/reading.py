@@ -18,10 +18,13 @@ from pydantic import ValidationError
 from vitedge.artifact import MANIFEST, read_json
 from vitedge.bench.records import SCHEMA_VERSION, Measurement
 from vitedge.errors import InputError, UsageError
+from vitedge.report.checking import what_is_wrong
 from vitedge.report.json_file import REPORT
+from vitedge.report.naming import named_apart
 from vitedge.report.records import Row, Table
 
-RESULTS = "results.json"
+RESULTS, ONLY = "results.json", "results.only.json"  # of a study, whole or of the rows that --only named
+DEEPEST = 3  # folders below the one that was named
 
 
 @dataclass
@@ -48,7 +51,7 @@ def read(paths: Sequence[Path], pictures: Path | None = None) -> Table:
     found = _Found()
     for path in dict.fromkeys(paths):
         _read_one(path, found)
-    rows = _named_apart(_once(found.rows))
+    rows = named_apart(_once(found.rows))
     if not rows and found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
         raise InputError("report", expected="measurements", found=f"{found.problems[0]}{more}", fix="mend or leave out the file")
@@ -69,22 +72,30 @@ def _read_one(path: Path, found: _Found) -> None:
     """A file, a build folder, a study's folder, or a folder of those."""
     if path.is_file():
         _read_file(path, found, named=True)
-    elif (path / RESULTS).is_file():
-        _read_file(path / RESULTS, found, named=True)
-    elif (path / REPORT).is_file():
-        _read_file(path / REPORT, found, named=True)
+    elif known := _known(path):
+        _read_file(known, found, named=True)
     elif (path / MANIFEST).is_file():
         found.problems.append(f"{path}: built and not measured; run `vitedge bench {path}`")
     else:
-        inner = [child for child in sorted(path.iterdir()) if child.is_dir() and _is_known(child)]
-        for child in inner:
-            _read_one(child, found)
-        for file in sorted(path.glob("*.json")):
-            _read_file(file, found, named=False)
+        _read_inside(path, found, DEEPEST)
 
 
-def _is_known(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (RESULTS, REPORT))
+def _read_inside(folder: Path, found: _Found, deepest: int) -> None:
+    """The builds and studies in a folder, its own JSON files, and what is in its folders: `build/` keeps studies in one of their own."""
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.name.startswith("."):
+            continue
+        if known := _known(child):
+            _read_file(known, found, named=True)
+        elif deepest > 1 and not (child / MANIFEST).is_file() and not child.is_symlink():
+            _read_inside(child, found, deepest - 1)
+    for file in sorted(folder.glob("*.json")):
+        _read_file(file, found, named=False)
+
+
+def _known(folder: Path) -> Path | None:
+    """The file that a build or study keeps its measurements in, None where the folder is neither or was not measured."""
+    return next((folder / name for name in (RESULTS, ONLY, REPORT) if (folder / name).is_file()), None)
 
 
 def _read_file(path: Path, found: _Found, named: bool) -> None:
@@ -112,7 +123,8 @@ def _bench_rows(content: dict[str, Any], path: Path, found: _Found) -> list[Row]
         if measurement is not None:
             label = measurement.recipe or measurement.artifact
             rows.append(Row(label, measurement.recipe, _device(measurement), str(path), measurement, build=build))
-    for plain in content.get("skipped") or []:
+    skipped = content.get("skipped")
+    for plain in skipped if isinstance(skipped, list) else []:
         if isinstance(plain, dict) and plain.get("failed"):
             rows.append(Row(str(plain.get("artifact")), "", "", str(path), failure=str(plain.get("reason")), build=build))
     return rows
@@ -143,7 +155,10 @@ def _study_rows(content: dict[str, Any], path: Path, found: _Found) -> list[Row]
             build=path.parent / str(plain["build"]) if plain.get("build") else None,
         )
         where = f"{path}: rows.{index}.measurements"
-        measurements = [_measurement(one, f"{where}.{n}", found) for n, one in enumerate(plain.get("measurements") or [])]
+        listed_here = plain.get("measurements") or []
+        if not isinstance(listed_here, list):
+            raise InputError(where, expected="a list", found=type(listed_here).__name__, fix="run `vitedge study` again")
+        measurements = [_measurement(one, f"{where}.{n}", found) for n, one in enumerate(listed_here)]
         measured = [one for one in measurements if one is not None]
         rows += [replace(row, measurement=one, device=_device(one), failure="") for one in measured]
         if not measured:
@@ -154,12 +169,16 @@ def _study_rows(content: dict[str, Any], path: Path, found: _Found) -> list[Row]
 def _measurement(plain: Any, where: str, found: _Found) -> Measurement | None:
     """One measurement, or a line in `problems`."""
     try:
-        return Measurement.from_plain(plain)
+        measurement = Measurement.from_plain(plain)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         found.problems.append(f"{where}{f'.{path}' if path else ''}: no measurement of vitedge: {first['msg']}")
         return None
+    wrong = what_is_wrong(measurement)
+    if wrong:
+        found.problems.append(f"{where}: a damaged measurement: {wrong}")
+    return None if wrong else measurement
 
 
 def _device(measurement: Measurement) -> str:
@@ -176,21 +195,6 @@ def _once(rows: Sequence[Row]) -> list[Row]:
         elif row.study or _identity(row) not in in_studies:
             kept.setdefault((*_identity(row), row.label, row.study), row)
     return list(kept.values())
-
-
-def _named_apart(rows: Sequence[Row]) -> list[Row]:
-    """Builds of one recipe whose files differ are told apart by their folders: two rows of one name would be taken for one model."""
-    files: dict[str, dict[str, set[str]]] = {}
-    for row in rows:
-        if row.measurement is not None and not row.study:
-            files.setdefault(row.label, {}).setdefault(row.measurement.artifact, set()).add(row.measurement.sha256)
-    clashing = {label for label, hashes in files.items() if any(len(each) > 1 for each in hashes.values())}
-    return [replace(row, label=_placed(row)) if not row.study and row.label in clashing else row for row in rows]
-
-
-def _placed(row: Row) -> str:
-    folder = Path(row.source).stem if row.build is None else row.build.name
-    return row.label if folder == row.label else f"{row.label} ({folder})"
 
 
 def _identity(row: Row) -> tuple[object, ...]:

@@ -17,14 +17,18 @@ class Against:
     """A row beside a reference that has a name.
 
     Attributes:
-        speed: Images per second over those of the reference's fastest artifact, same device, batch size and run.
-        flips: Answers against those of the reference's fp32 artifact.
-        size_ratio: Bytes over the reference's fp32 artifact's; None where the reference has no artifact.
+        speed: Images per second over those of `fastest`.
+        flips: Answers against those of `plain`.
+        size_ratio: Bytes over those of `plain`; None where it has none.
+        fastest: The reference's fastest row of the same device, batch size and run; None where it has no row there.
+        plain: The reference's fp32 row, or where it has none the one nearest to it.
     """
 
     speed: Comparison
     flips: Flips
-    size_ratio: float | None
+    size_ratio: float | None = None
+    fastest: Row | None = None
+    plain: Row | None = None
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,23 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Label, file, runtime and precision; with the batch size it is one row of a device."""
-        m = self.measurement
-        return self.label if m is None else f"{self.label}: {m.artifact} in {m.runtime} {precision_of(m)}"
+        """Label, file and engine; with the batch size it is one row of a device."""
+        return self.label if self.measurement is None else f"{self.label}: {file_of(self.measurement)}"
 
     @property
     def on_gpu(self) -> bool:
         """Whether it ran on a GPU."""
-        return self.measurement is not None and any(part in self.measurement.provider.lower() for part in GPU_PROVIDERS)
+        return self.measurement is not None and _on_gpu(self.measurement)
+
+
+def _on_gpu(measurement: Measurement) -> bool:
+    return any(part in measurement.provider.lower() for part in GPU_PROVIDERS)
+
+
+def file_of(measurement: Measurement) -> str:
+    """`model.fp32.onnx in onnxruntime fp32`; on a GPU with the provider, of which one engine has several."""
+    provider = f" {measurement.provider}" if _on_gpu(measurement) else ""
+    return f"{measurement.artifact} in {measurement.runtime}{provider} {precision_of(measurement)}"
 
 
 def precision_of(measurement: Measurement) -> str:

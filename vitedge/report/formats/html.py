@@ -1,12 +1,14 @@
 """One HTML page with everything in it: sortable tables, plots, pictures. It opens offline, and nothing it holds can reach a network.
 
 Its Content-Security-Policy allows no connection of any kind, and of scripts only the three that stand in it, by their
-hash: a label that is taken for a script stays text. Plotly's library is in it whole, and runs once the page is loaded.
+hash: a label that is taken for a script stays text. Plotly's library is in it whole, packed to a quarter of its size, and runs
+once the page is loaded.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -95,11 +97,16 @@ def _page(title: str, body: str, data: str, library: str, scripts: Sequence[str]
             f"<style>\n{_asset('report.css')}</style>\n</head>\n<body>",
             body,
             f'<script type="application/json" id="figures">{data}</script>',
-            f'<script type="text/plain" id="plotly">{library}</script>',
+            f'<script type="text/plain" id="plotly">{_packed(library)}</script>',
             *(f"<script>{script}</script>" for script in safe),
             "</body>\n</html>\n",
         ]
     )
+
+
+def _packed(script: str) -> str:
+    """The script deflated and in base64, of which nothing could be taken for a tag; the same bytes for the same script."""
+    return base64.b64encode(gzip.compress(script.encode(), mtime=0)).decode("ascii")
 
 
 def _inline(script: str) -> str:
