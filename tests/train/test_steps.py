@@ -178,3 +178,29 @@ def test_killed_in_its_second_step_it_ends_with_the_same_weights(builds: Path, t
     assert all(np.array_equal(found[name], tensor) for name, tensor in expected.items())
     steps = [line["step"] for line in read_metrics(tmp_path / "student" / "metrics.jsonl") if line["stage"] == 1 and "loss" in line]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("technique", ["gates", None])
+def test_what_costs_accuracy_on_purpose_ends_with_its_last_weights(tmp_path: Path, colours: Path, technique: str | None) -> None:
+    """A rate that does the model no good: its best weights are early ones, which have learned little of what goes."""
+    train = {"train": {**TRAIN, "steps": 10, "lr": 0.05, "warmup": 0.0, "views": 0, "evaluate_every": 1}}
+    recipe = recipe_named(tmp_path, "ruined", colours, STUDENT, [technique, train] if technique else [train])
+    assert run(["train", "--recipe", str(recipe), "-o", str(tmp_path / "out")]) == 0
+    notes = Manifest.load(tmp_path / "out").artifacts["checkpoint.safetensors"].notes["steps"][-1]["train"]
+    top1 = [one["top1"] for one in notes["history"]]
+    assert top1.index(max(top1)) < len(top1) - 1  # else this would show nothing
+    assert notes["validation_top1"] == round(top1[-1] if technique else max(top1), 2)
+    kept, last = (load_file(tmp_path / "out" / f"{name}.safetensors") for name in ("checkpoint", "checkpoint.last"))
+    assert all(np.array_equal(kept[name], last[name]) for name in kept) == (technique is not None)
+
+
+def test_gates_that_nothing_trained_are_not_cut_by_and_no_patience_ends_their_training(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"train": {**TRAIN, "steps": 2, "views": 0}}
+    untaught = recipe_named(tmp_path, "untaught", colours, STUDENT, ["gates", {"prune": {"score": "gates"}}, train])
+    assert run(["train", "--recipe", str(untaught), "-o", str(tmp_path / "a")]) == 2
+    assert "expected a `train` step between `gates` and `prune`" in capsys.readouterr().err
+    impatient = recipe_named(tmp_path, "impatient", colours, STUDENT, ["gates", {"train": {**train["train"], "patience": 3}}])
+    assert run(["train", "--recipe", str(impatient), "-o", str(tmp_path / "b")]) == 2
+    assert "steps.1.patience: expected 0 beside `gates`" in capsys.readouterr().err

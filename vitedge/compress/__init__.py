@@ -138,6 +138,8 @@ class Compressed:
             None where the architecture's own modules are all there is.
         ends: Names of techniques that are over with this one: it took what they left in the model, and their losses and
             hooks, `convert` and `structure` count no more.
+        keeps_last: Whether the `train` steps that follow end with their last weights, not with those that did best on validation:
+            where learning costs accuracy on purpose, the best would be the ones that learned the least.
     """
 
     model: nn.Module
@@ -147,3 +149,4 @@ class Compressed:
     convert: Callable[[nn.Module], nn.Module] | None = None
     structure: Callable[[nn.Module], dict[str, Any]] | None = None
     ends: tuple[str, ...] = ()
+    keeps_last: bool = False

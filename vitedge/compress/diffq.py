@@ -90,7 +90,9 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
 
     plan = prepare(model, config, context)
     notes: dict[str, Any] = {**config.model_dump(mode="json"), "weights": sum(int(w.sizes_OG.sum()) for w in plan.widths)}
-    return Compressed(model, notes, (SizePenalty(plan),), plan.on_step, partial(convert, notes=notes), structure)
+    # With a target every top-1 is one at that size; without, the best would be one of before the widths have shrunk.
+    keeps_last = config.target_mib is None
+    return Compressed(model, notes, (SizePenalty(plan),), plan.on_step, partial(convert, notes=notes), structure, keeps_last=keeps_last)
 
 
 def structure(model: nn.Module) -> dict[str, Any]:

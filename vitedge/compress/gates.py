@@ -81,4 +81,5 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
         (Sparsity(gates, config.l1),),
         on_step=Annealing(model, names, gates, config.temperature),
         convert=partial(fold, names=names),
+        keeps_last=True,
     )

@@ -43,6 +43,7 @@ class TrainJob:
         on_step: Called with (step, steps) before each optimizer step.
         progress: Told loss, images/s and validation top-1.
         watch: Told the step that the run starts from, returns what takes its metrics; called in process 0.
+        keep_last: Whether the model ends with its last weights, not with those that did best on validation.
     """
 
     config: TrainConfig
@@ -58,6 +59,7 @@ class TrainJob:
     on_step: Sequence[Callable[[int, int], None]] = ()
     progress: Progress = silent
     watch: Callable[[int], Log] | None = None
+    keep_last: bool = False
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
@@ -67,7 +69,7 @@ def total_steps(config: TrainConfig, images: int) -> int:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left; the model itself holds the best weights.
+    """What a run left; the model itself holds the best weights, or the last where the job says so.
 
     Attributes:
         notes: For the manifest: steps, seconds, images_per_s, validation top-1 over the run, conditions.

@@ -36,7 +36,7 @@ ANSWER_WITHIN_S = 2.0
 
 
 def train(model: nn.Module, job: TrainJob) -> Trained:
-    """Train a model in place; it ends with the weights that did best on the validation split.
+    """Train a model in place; it ends with the weights that did best on the validation split, or the last where the job says so.
 
     Interrupted by SIGINT or SIGTERM, it saves where it stood and raises KeyboardInterrupt; called again with
     the same key, it goes on from there and, on a CPU, ends with the same weights as an uninterrupted run.
@@ -263,10 +263,11 @@ class Run:
             self.best_weights = _on_cpu(self.judged)
 
     def finish(self) -> Trained:
-        """Put the best weights in, and say how it went; the state stays until the caller has saved the result."""
+        """Put the weights in that are kept, and say how it went; the state stays until the caller has saved the result."""
         last = _on_cpu(self.judged)
-        self.model.load_state_dict(self.best_weights)
+        self.model.load_state_dict(last if self.job.keep_last else self.best_weights)
         self.model.eval()
+        top1 = self.history[-1]["top1"] if self.job.keep_last else self.best_top1
         notes = {
             "steps": self.step,
             "steps_planned": self.steps,
@@ -274,7 +275,7 @@ class Run:
             "seconds": round(self.seconds, 1),
             "images_per_s": round(self.step * self.batch_size / self.seconds, 1) if self.seconds else None,
             "data_share": round(self.waited / self.seconds, 4) if self.seconds else None,
-            "validation_top1": round(self.best_top1, 2),
+            "validation_top1": round(top1, 2),
             "validation_images": len(self.held_out),
             "history": self.history,
             "torch_device": self.processes.device.type,

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -137,10 +137,27 @@ class _Steps:
                     found="none",
                     fix="move it before `train`",
                 )
+            self.refuse_untaught(index, name, compressed.ends)
             self.model = compressed.model
             self.active = with_technique(self.active, name, compressed)
             record = compressed.notes
         self.notes.append({name: record})
+
+    def refuse_untaught(self, index: int, name: str, ended: Sequence[str]) -> None:
+        """A step that takes what another one left to be trained needs a `train` step in between.
+
+        Raises:
+            UsageError: There is none.
+        """
+        for other in ended:
+            began = max(i for i, (earlier, _) in enumerate(self.job.recipe.steps[:index]) if earlier == other)
+            if not any(isinstance(config, TrainConfig) for _, config in self.job.recipe.steps[began:index]):
+                raise UsageError(
+                    f"steps.{index}",
+                    expected=f"a `train` step between `{other}` and `{name}`, which takes what it taught",
+                    found="none",
+                    fix="put one there",
+                )
 
     def key(self, index: int) -> str:
         """Identity of a step. What comes after it, and how often it is saved, change nothing about it."""
@@ -175,6 +192,14 @@ class _Steps:
             return record
         if job.dataset is None:
             raise UsageError(f"steps.{index}", expected="a data set", found="none", fix="give --data, or set VITEDGE_DATA")
+        keeping_last = [name for name, compressed in self.active if compressed.keeps_last]
+        if keeping_last and config.patience:
+            raise UsageError(
+                f"steps.{index}.patience",
+                expected=f"0 beside `{keeping_last[0]}`, which costs accuracy while it learns",
+                found=str(config.patience),
+                fix="leave it out",
+            )
         self.set_drops(config)
         trainings = [i for i, (_, c) in enumerate(job.recipe.steps) if isinstance(c, TrainConfig)]
         label = "train" if len(trainings) == 1 else f"train {trainings.index(index) + 1}/{len(trainings)}"
@@ -195,6 +220,7 @@ class _Steps:
                 [compressed.on_step for _, compressed in self.active if compressed.on_step],
                 job.bar(label),
                 partial(_watch, self.watcher, trainings.index(index), label) if self.watcher else None,
+                bool(keeping_last),
             ),
         )
         self.model.cpu()
