@@ -135,3 +135,16 @@ def test_checkpoint_has_weights_and_no_graph(tmp_path: Path):
     assert cost.params == 17
     assert cost.macs is None
     assert math.isclose(cost.params, 3 * 4 + 5)
+
+
+def test_a_packed_checkpoint_is_not_counted_by_its_bytes_and_statistics_are_no_weights(tmp_path: Path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    from vitedge.artifact import Artifact
+
+    path = tmp_path / "model.safetensors"
+    tensors = {"bn.weight": np.ones(4, np.float32), "bn.running_mean": np.ones(4, np.float32), "bn.num_batches_tracked": np.array(3)}
+    safetensors.save_file(tensors, path)
+    assert count_cost(Artifact("model", "checkpoint", "fp32", (path,), "", path.stat().st_size)).params == 4
+    safetensors.save_file({**tensors, "layer.packed": np.zeros(100, np.uint8)}, path)
+    cost = count_cost(Artifact("model", "checkpoint", "lsq", (path,), "", path.stat().st_size))
+    assert cost.params is None and "packed integers" in cost.reason

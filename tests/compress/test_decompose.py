@@ -334,3 +334,15 @@ def test_a_classifier_of_any_kind_can_be_named() -> None:
     notes = apply(model, rank=3, layers=["fc"]).notes
     assert isinstance(model.fc, FactoredLinear) and notes["layers"][0]["params"] == {"before": 16 * 12 + 12, "after": 3 * 28 + 12}
     assert model.eval()(images(4)).shape == (4, 12)
+
+
+@pytest.mark.parametrize("allot", ["uniform", "loss"])
+def test_what_chooses_tokens_stays_whole(allot: str) -> None:
+    from tests.compress import reducing
+    from vitedge.compress import dynamic_vit
+
+    model = dynamic_vit.apply(reducing.vit(), dynamic_vit.Config(blocks=(1,), keep=0.7), reducing.context()).model
+    config = decompose.Config(ratio=0.7, allot=allot, method="svd")
+    found = decompose.apply(model, config, reducing.context()).model
+    factored = [name for name, module in found.named_modules() if isinstance(module, FactoredLinear)]
+    assert factored and not any("predictor" in name for name in factored)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.compress import made, pruning
-from tests.compress.pruning import answers, apply, choose, meta_of, vit, with_narrow_norms, zero_, zeroed
+from tests.compress.pruning import EMBED, answers, apply, choose, meta_of, vit, with_narrow_norms, zero_, zeroed
 from tests.recipes_for_tests import write_recipe
 from vitedge.artifact import Manifest
 from vitedge.cli.main import run
@@ -256,6 +256,12 @@ def test_both_runtimes_run_what_is_left() -> None:
         core = pytest.importorskip("openvino").Core()
         network = core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
         np.testing.assert_allclose(network(x_BCHW.numpy())[0], expected_BC, rtol=1e-3, atol=1e-4)
+
+
+def test_the_residual_stream_of_a_model_with_rms_norms_is_cut() -> None:
+    model = vit(norm_layer="rmsnorm")
+    compressed = apply(model, units=["skip"], ratio=0.3)
+    assert compressed.model.embed_dim < EMBED and answers(compressed.model).isfinite().all()
 
 
 @pytest.mark.slow

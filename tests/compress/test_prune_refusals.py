@@ -51,6 +51,12 @@ def _narrowed() -> nn.Module:
     return model
 
 
+def _with_factored_head() -> nn.Module:
+    model = made.student()
+    model.head = FactoredLinear(16, 3, 2)
+    return model
+
+
 def _with_adapter() -> nn.Module:
     model = made.student()
     model.blocks[0].adapter = nn.Linear(16, 16)
@@ -68,6 +74,11 @@ def _with_adapter() -> nn.Module:
         (lambda: vit(scale_attn_norm=True), {}, "blocks.0.attn.norm: expected no norm over what value_dims"),
         (lambda: vit(scale_mlp_norm=True), {"units": ["mlp"]}, "blocks.0.mlp.norm: expected no norm over what mlp"),
         (_narrowed, {"units": ["skip"]}, "blocks.0.norm1: expected a norm whose whole result qkv reads"),
+        (
+            _with_factored_head,
+            {"units": ["skip"]},
+            "head: expected a plain linear layer in float, found FactoredLinear; put `prune` before",
+        ),
         (_with_adapter, {"units": ["skip"]}, "found blocks.0.adapter.weight"),
         (_gated, {}, "prune.score: expected gates, for a model that has them, found taylor"),
         (_gated, {"score": "gates"}, "prune.units: expected units that have gates: mlp, found value_dims; add value_dims to gates.where"),

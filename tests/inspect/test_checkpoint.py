@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.compress.made import CONTRACT, LABELS, VIT, student
+from tests.compress.made import CONTRACT, LABELS, VIT, context, student
+from vitedge.compress import nystrom
 from vitedge.inspect.checkpoint import open_checkpoint
 from vitedge.model_file import open_artifact
 from vitedge.models.build import CheckpointMeta, load_checkpoint, save_checkpoint
@@ -40,3 +41,13 @@ def test_values_are_those_of_the_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(values[""], model(torch.from_numpy(x_BCHW)).numpy(), atol=1e-6)
     assert values["blocks.1.attn.attn_drop"].sum(-1).max() <= 1 + 1e-5
     assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+def test_attention_without_a_softmax_has_no_map(tmp_path: Path) -> None:
+    compressed = nystrom.apply(student(token=False), nystrom.Config(landmarks=2, blocks=("blocks.0",)), context(tmp_path))
+    assert compressed.structure is not None
+    made = (("nystrom", compressed.structure(compressed.model)),)
+    meta = CheckpointMeta("deit_tiny_patch16_224", 8, 4, len(LABELS), CONTRACT.to_json(), LABELS, options=VIT, structure=made)
+    save_checkpoint(tmp_path / "checkpoint.safetensors", compressed.model, meta)
+    source = open_checkpoint(open_artifact(tmp_path / "checkpoint.safetensors"), 1)
+    assert [tap.layer for tap in source.attentions] == ["blocks.1.attn"]

@@ -171,3 +171,23 @@ def test_a_core_computes_in_float32_whatever_autocast_would_have() -> None:
     wide = in_float32(attend, q.double(), k.double(), v.double())
     assert seen[1:] == [(torch.float64, torch.float64)] and wide.dtype == torch.float64
     torch.testing.assert_close(narrow, wide.bfloat16())
+
+
+def test_a_class_token_under_another_name_is_one() -> None:
+    import timm
+
+    pit = timm.create_model("pit_ti_224", num_classes=3).eval()
+    slots = find_slots(pit, "mean", ("transformers.2.*",), torch.zeros(1, 3, 224, 224))
+    assert slots and all(slot.prefix == 1 for slot in slots)
+
+
+def test_attention_behind_a_selection_that_masks_in_training_is_refused() -> None:
+    from tests.compress.reducing import context, images, vit
+    from vitedge.compress import dynamic_vit, nystrom
+
+    config = dynamic_vit.Config(blocks=(1,), keep=0.7)
+    model = dynamic_vit.apply(vit(), config, context()).model
+    with pytest.raises(UsageError, match=r"blocks\.1\.attn behind a step that masks tokens while it trains; narrow nystrom\.blocks"):
+        nystrom.apply(model, nystrom.Config(landmarks=4), context())
+    made_of = nystrom.apply(model, nystrom.Config(landmarks=4, blocks=("blocks.0",)), context()).model.train()
+    assert made_of(images(2)).shape == (2, 3)

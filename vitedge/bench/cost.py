@@ -51,6 +51,8 @@ _SCALES = {
     "MatMulIntegerToFloat": (2, 3, 4, 5),
     "MatMulNBits": (2, 3),
 }
+_CHECKPOINT_FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms, as torch names them
 _INT32_BIAS = {"DequantizeLinear": 0, "QGemm": 6, "QLinearConv": 8}  # position of a bias held as int32
 
 
@@ -59,12 +61,12 @@ class Cost:
     """What a model holds and does.
 
     Attributes:
-        params: Weights.
+        params: Weights; None where `reason` says they cannot be counted.
         macs: Multiply-accumulates for one image; None where `reason` says they cannot be counted.
         reason: Why not.
     """
 
-    params: int
+    params: int | None
     macs: int | None
     reason: str = ""
 
@@ -81,7 +83,10 @@ def count_cost(artifact: Artifact) -> Cost:
         return count_ir(artifact.path)
     with artifact.path.open("rb") as stream:
         header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    params = sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if any(entry["dtype"] not in _CHECKPOINT_FLOATS for name, entry in tensors.items() if not name.endswith(_STATISTICS)):
+        return Cost(None, None, "a checkpoint of packed integers says neither how many weights it holds, nor has it a graph to count")
+    params = sum(math.prod(entry["shape"]) for name, entry in tensors.items() if not name.endswith(_STATISTICS))
     return Cost(params, None, "a checkpoint has no graph to count")
 
 

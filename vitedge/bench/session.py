@@ -99,7 +99,7 @@ def summarize(one: PlannedRow, turns: Sequence[dict[str, Any]], cost: Cost, cond
         precision=facts["precision"],
         float_precision=facts["float_precision"],
         batch_size=batch_size,
-        params_m=round(cost.params / 1e6, 6),
+        params_m=None if cost.params is None else round(cost.params / 1e6, 6),
         macs_g=None if cost.macs is None else round(cost.macs / 1e9, 6),
         size_bytes=artifact.size_bytes,
         iterations_per_s=rate,

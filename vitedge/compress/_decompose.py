@@ -20,6 +20,7 @@ from vitedge.compress._decompose_methods import reconstruction
 from vitedge.errors import InputError, UsageError, closest
 from vitedge.models.factored import FactoredLinear, factored_layer
 from vitedge.models.quantized import rounds
+from vitedge.models.reducing_block import REDUCERS
 
 if TYPE_CHECKING:
     from vitedge.compress.decompose import Config, Method
@@ -51,7 +52,10 @@ def find_layers(model: nn.Module, config: Config) -> dict[str, nn.Linear]:
     modules = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, FactoredLinear)) and name.rpartition(".")[0] not in factored
+        if isinstance(module, (nn.Linear, FactoredLinear))
+        and name.rpartition(".")[0] not in factored
+        # What chooses tokens is small, and out of training has no gradient that would tell how much of it is needed.
+        and not {*name.split(".")} & {*REDUCERS}
     }
     for pattern in config.layers:
         if not fnmatch.filter(modules, pattern):

@@ -61,6 +61,8 @@ class LearnedSelection(nn.Module):  # type: ignore[misc]  # the library carries 
         kept: Patch tokens that go on out of training.
     """
 
+    masks_in_training = True
+
     def __init__(self, embed_dim: int, prefix: int, kept: int) -> None:
         super().__init__()
         self.prefix, self.kept = prefix, kept

@@ -63,7 +63,7 @@ def _narrow(owner: Any, name: str, axis: int, index: torch.Tensor) -> None:
             owner.out_features, owner.in_features = shape
         elif isinstance(owner, nn.Conv2d):
             owner.out_channels = shape[0]
-        elif isinstance(owner, nn.LayerNorm):
+        elif hasattr(owner, "normalized_shape"):  # LayerNorm, RmsNorm
             owner.normalized_shape = shape
 
 

@@ -106,7 +106,7 @@ def _check_stream(model: Any, blocks: Sequence[str]) -> None:
     sizes = {getattr(owner, name).shape[axis] for owner, name, axis in tensors}
     known = {id(getattr(owner, name)) for owner, name, _ in tensors}
     inside = [model.get_submodule(f"{block}.{leaf}") for block in blocks for leaf in ("attn.qkv", "mlp.fc1")]
-    inside += [model.get_submodule(name) for name in classifier_names(model)]
+    inside += [plain_linear(model, name, "prune") for name in classifier_names(model)]
     known |= {id(layer.bias) for layer in inside}
     # Norms over heads or hidden units do not see the stream.
     parts = [model.get_submodule(f"{block}.{leaf}") for block in blocks for leaf in ("attn", "mlp")]

@@ -26,7 +26,7 @@ def open_checkpoint(artifact: Artifact, threads: int) -> Source:
     torch.set_num_threads(threads)
     model, _ = load_checkpoint(artifact.path)
     norms = tuple(Tap(name, name, name) for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
-    drops = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == _DROPOUT]
+    drops = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == _DROPOUT and _has_a_map(model, name)]
     maps = tuple(Tap(name.rpartition(".")[0] or name, name, name) for name in drops)
     return Source(
         artifact,
@@ -38,6 +38,11 @@ def open_checkpoint(artifact: Artifact, threads: int) -> Source:
         "" if norms else "no LayerNorm modules in the model",
         "" if maps else "no attention modules in the model that write their softmax out",
     )
+
+
+def _has_a_map(model: nn.Module, dropout: str) -> bool:
+    """Whether the attention around it is softmax attention: another core has the dropout still, and never calls it."""
+    return getattr(model.get_submodule(dropout.rpartition(".")[0]), "core", None) is None
 
 
 def _open(model: nn.Module, names: Sequence[str]) -> Read:

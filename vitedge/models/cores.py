@@ -123,14 +123,42 @@ def find_slots(model: nn.Module, technique: str, patterns: Sequence[str], x_BCHW
     chosen = [name for name, block in blocks.items() if any(fnmatch.fnmatchcase(block, pattern) for pattern in patterns)]
     for name in chosen:
         _check_free(technique, name, model.get_submodule(name))
+    _check_unmasked(model, technique, chosen)
     tokens = _count_tokens(model, chosen, x_BCHW)
-    prefix = int(getattr(model, "num_prefix_tokens", 0))
+    prefix = _prefix(model)
     slots = []
     for name in chosen:
         attention: Any = model.get_submodule(name)
         sizes = attention.num_heads, attention.key_dim, attention.value_dim
         slots.append(Slot(name, tokens[name], prefix, *sizes, float(attention.scale)))
     return slots
+
+
+def _prefix(model: nn.Module) -> int:
+    """Tokens before the patches; timm's PiT has another name for it."""
+    own = getattr(model, "num_prefix_tokens", None)
+    return int(own if own is not None else getattr(model, "num_tokens", 0))
+
+
+def _check_unmasked(model: nn.Module, technique: str, chosen: Sequence[str]) -> None:
+    """Refuse attention behind a selection that masks keys in training, of which a core that is tried out of training knows nothing.
+
+    Raises:
+        UsageError: There is one.
+    """
+    masked = [name.rpartition(".")[0] for name, module in model.named_modules() if getattr(module, "masks_in_training", False)]
+    if not masked:
+        return
+    blocks = [name.rpartition(".")[0] for name in open_attention(model)]
+    first = min(blocks.index(block) for block in masked)
+    for name in chosen:
+        if blocks.index(name.rpartition(".")[0]) >= first:
+            raise UsageError(
+                technique,
+                expected="attention over all tokens",
+                found=f"{name} behind a step that masks tokens while it trains",
+                fix=f"narrow {technique}.blocks to those before it, or leave one of the two techniques out",
+            )
 
 
 def rebuild_cores(model: nn.Module, cores: dict[str, dict[str, Any]], make: Callable[..., nn.Module]) -> nn.Module:

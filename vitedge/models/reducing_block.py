@@ -23,6 +23,9 @@ from vitedge.models.quantized import rounds
 _PARTS = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
+REDUCERS = ("before", "between")  # names of a ReducingBlock's modules that reduce tokens
+
+
 class ReducingBlock(nn.Module):  # type: ignore[misc]  # the library carries no types
     """timm's pre-norm block, with two places where tokens may become fewer.
 
