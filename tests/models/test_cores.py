@@ -190,4 +190,4 @@ def test_attention_behind_a_selection_that_masks_in_training_is_refused() -> Non
     with pytest.raises(UsageError, match=r"blocks\.1\.attn behind a step that masks tokens while it trains; narrow nystrom\.blocks"):
         nystrom.apply(model, nystrom.Config(landmarks=4), context())
     made_of = nystrom.apply(model, nystrom.Config(landmarks=4, blocks=("blocks.0",)), context()).model.train()
-    assert made_of(images(2)).shape == (2, 3)
+    assert made_of(images(2)).shape[0] == 2
