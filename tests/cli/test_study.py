@@ -82,7 +82,7 @@ def test_a_device_that_is_not_here_is_one_line_of_a_dry_run(
 ) -> None:
     from vitedge import host
 
-    monkeypatch.setattr("vitedge.study.run.probe_host", lambda: host.Host(**{**vars(host.probe_host()), "gpus": ()}))
+    monkeypatch.setattr("vitedge.study.available.probe_host", lambda: host.Host(**{**vars(host.probe_host()), "gpus": ()}))
     assert run(["study", str(write_study(tmp_path, colours)), "--dry-run", "--device", "cpu", "--device", "cuda", "-o", "out"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "cuda" in line]
     assert len(lines) == 1 and re.match(r"not on cuda: \d rows: device cuda: expected an NVIDIA GPU, found ", lines[0])

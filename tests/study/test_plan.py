@@ -10,9 +10,10 @@ import yaml
 
 from tests.study.made_study import plan_of, write_study
 from vitedge.errors import FileProblems, UsageError
+from vitedge.schema import list_files, load_yaml
 from vitedge.study.budget import Budget
-from vitedge.study.estimate import estimate_measuring, estimate_task
-from vitedge.study.plan import Plan
+from vitedge.study.estimate import estimate_measuring, estimate_task, fitted
+from vitedge.study.plan import Options, Plan, make_plan
 from vitedge.study.spec import folder_name, load_study
 
 ROW = {"label": "one", "recipe": "deit_tiny_112_ptq"}
@@ -104,9 +105,34 @@ def test_a_budget_in_minutes_is_spread_over_the_whole_study(tmp_path: Path) -> N
     study = write(tmp_path, base="deit_tiny_112_int8", rows=[{**ROW, "weights": "base"}])
     whole = plan_of(study, tmp_path / "out")
     seconds = sum(estimate_task(whole, task).seconds for task in whole.tasks)
-    part = plan_of(study, tmp_path / "out", Budget(minutes=seconds / 60 / 2))
-    assert part.budget.share == pytest.approx(0.5, abs=1e-3)
-    assert part.samples == 5000 and part.tasks[0].recipe.steps[0][1].steps == pytest.approx(1800, abs=4)  # type: ignore[attr-defined]
+    options = fitted(load_study(str(study)), tmp_path / "out", Options(budget=Budget(minutes=seconds / 60 / 2)))
+    part = make_plan(load_study(str(study)), tmp_path / "out", options)
+    took = sum(estimate_task(part, task).seconds for task in part.tasks) + estimate_measuring(part, part.devices[0][1])
+    assert took == pytest.approx(seconds / 2, rel=0.15) and 0.2 < part.budget.share < 0.5  # measuring takes its part
+    assert part.tasks[0].recipe.steps[0][1].steps == pytest.approx(3600 * part.budget.share, abs=4)  # type: ignore[attr-defined]
+    # Whatever --only leaves out: the share is the whole study's.
+    only = fitted(load_study(str(study)), tmp_path / "out", Options(budget=Budget(minutes=seconds / 60 / 2), only=("one",)))
+    assert only.budget == options.budget and only.only == ("one",)
+
+
+def test_a_second_device_takes_the_checkpoint_over_and_its_time_is_not_counted_twice(tmp_path: Path) -> None:
+    study = write(tmp_path, devices=["cpu", "cpu_f32"], rows=[{**ROW, "recipe": "deit_tiny_112_int8"}])
+    first, second = plan_of(study, tmp_path / "out").tasks
+    plan = plan_of(study, tmp_path / "out")
+    assert second.source and estimate_task(plan, second).seconds < 0.3 * estimate_task(plan, first).seconds
+
+
+def test_what_a_device_is_and_where_it_is_built_are_part_of_the_key(tmp_path: Path) -> None:
+    study = write(tmp_path, devices=["cpu", "cpu_f32"])
+    both = {task.device: task.key for task in plan_of(study, tmp_path / "out").tasks}
+    alone = {task.device: task.key for task in plan_of(study, tmp_path / "out", devices=("cpu_f32",)).tasks}
+    assert alone["cpu_f32"] != both["cpu_f32"]  # its folder is another one
+    profile = tmp_path / "board.yaml"
+    content = load_yaml(list_files("devices")["cpu"])
+    profile.write_text(yaml.safe_dump({**content, "name": "cpu", "quantization": {"reduce_range": True}}))
+    assert plan_of(study, tmp_path / "out", devices=(str(profile), "cpu_f32")).tasks[0].key != both["cpu"]
+    with pytest.raises(UsageError, match="expected profiles that differ in `name`, found 'cpu' in cpu too"):
+        plan_of(study, tmp_path / "out", devices=("cpu", str(profile)))
 
 
 def test_time_and_disk_are_guessed_before_anything_is_built(tmp_path: Path) -> None:

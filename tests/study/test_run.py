@@ -8,7 +8,9 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +19,8 @@ from PIL import Image
 from tests.data.made import cifar100_members, tar_of
 from tests.study.made_study import answers, no_bars, plan_of, start, write_study
 from vitedge.artifact import Manifest
-from vitedge.errors import UnavailableError, UsageError
+from vitedge.errors import UnavailableError, UsageError, WorkerError
+from vitedge.study import measure
 from vitedge.study.origins import find_origins
 from vitedge.study.plan import Plan
 from vitedge.study.queue import Queue
@@ -116,6 +119,69 @@ def test_a_failed_row_is_tried_again_when_asked_and_a_base_that_fails_is_named(t
     assert rows["Tiny / untouched"]["state"] == "done" and rows["Tiny / untouched"]["measurements"]
 
 
+def test_a_row_is_what_its_folder_holds_and_not_what_was_done_there_once(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    """Edited and put back, the first version is built again; and what somebody removed is too."""
+    study, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "out")
+    only = {"only": ("Tiny / int8",)}
+    edited = tmp_path / "tiny.yaml"
+    content = yaml.safe_load(study.read_text())
+    content["rows"][1]["overrides"] = {"quantize.schemes.onnxruntime.int8_dynamic.op_types": ["MatMul"]}
+    edited.write_text(yaml.safe_dump(content))
+    before = run(plan_of(study, tmp_path / "out", **only))["Tiny / int8"]["artifacts"]
+    between = run(plan_of(edited, tmp_path / "out", **only))["Tiny / int8"]["artifacts"]
+    said: list[str] = []
+    after = run(plan_of(study, tmp_path / "out", **only), said)["Tiny / int8"]["artifacts"]
+    assert before == after != between and "Tiny / int8 on board: begun" in said
+    shutil.rmtree(tmp_path / "out" / "builds" / "tiny-int8")
+    assert run(plan_of(study, tmp_path / "out", **only))["Tiny / int8"]["artifacts"] == before
+
+
+def test_a_file_that_could_not_be_measured_is_tried_again_when_asked(
+    finished: tuple[Path, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "out")
+    content = yaml.safe_load(study.read_text())
+    anew = {**content, "measure": {**content["measure"], "rounds": 3}}  # what was built stays, and is measured again
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(anew))
+    plan = plan_of(tmp_path / "tiny.yaml", tmp_path / "out", only=("Tiny / int8",))
+    real = measure.bench
+    died = WorkerError("a worker", expected="figures", found="that it died", fix="look at the memory")
+
+    def dying(*arguments: Any) -> Any:
+        result = real(*arguments)
+        return replace(result, measurements=result.measurements[:1], folders=result.folders[:1], errors=(died,))
+
+    monkeypatch.setattr(measure, "bench", dying)
+    content, _, failed = run_study(plan, None, lambda text: None, no_bars)
+    assert [bool(row["measurements"]) for row in content["rows"]] == [True, False] and len(failed) == 1
+    assert "built and not measured" in content["rows"][1]["failure"]
+    monkeypatch.setattr(measure, "bench", real)
+    content, _, failed = run_study(plan, None, lambda text: None, no_bars)
+    assert len(failed) == 1  # not of its own accord
+    content, _, failed = run_study(plan, None, lambda text: None, no_bars, retry_failed=True)
+    assert all(row["measurements"] for row in content["rows"]) and not failed
+
+
+def test_a_host_without_the_images_fails_nothing_for_the_others(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
+    study, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "builds" / "tiny-int8")
+    content = yaml.safe_load(study.read_text())
+    content["rows"][1]["overrides"] = {"quantize.schemes.onnxruntime.int8_dynamic.op_types": ["MatMul"]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content))
+    data = yaml.safe_load(Path(content["base"]).read_text())["data"]["name"]
+    hidden = Path(data).rename(Path(data).with_name("hidden"))
+    try:
+        with pytest.raises(UsageError, match=r"data set .*expected what this study was begun with: .*found none on this host"):
+            run(plan_of(tmp_path / "tiny.yaml", tmp_path / "out"))
+    finally:
+        hidden.rename(data)
+    with Queue(tmp_path / "out", None, "tiny") as queue:
+        assert not [state for state in queue.states().values() if state.name == "failed" and "data set" in state.reason]
+
+
 def test_other_images_or_weights_under_the_same_name_are_refused(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
     study, folder, _ = finished
     shutil.copytree(folder, tmp_path / "out")
@@ -143,13 +209,13 @@ def test_given_weights_are_known_by_their_bytes_wherever_they_lie(finished: tupl
     assert origins(given) == before and list(before) == ["--weights of test_vit"]
     given.write_bytes(given.read_bytes()[:-1] + b"\x01")
     assert origins(given) != before
-    assert origins(tmp_path / "nowhere") == {}  # which is why its rows will fail
+    assert origins(tmp_path / "nowhere") == {"--weights of test_vit": ""}  # which is why its rows will fail
 
 
 def test_a_device_that_is_not_here_says_so_in_its_rows(finished: tuple[Path, Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     from vitedge import host
 
-    monkeypatch.setattr("vitedge.study.run.probe_host", lambda: host.Host(**{**vars(host.probe_host()), "gpus": ()}))
+    monkeypatch.setattr("vitedge.study.available.probe_host", lambda: host.Host(**{**vars(host.probe_host()), "gpus": ()}))
     study, folder, _ = finished
     before = answers(folder)
     board = plan_of(study, folder).devices[0][0]

@@ -57,6 +57,8 @@ def write_search(folder: Path, data: Path, **changes: Any) -> Path:
             f"{SCHEME}.op_types": {"choice": [["MatMul", "Gemm"], ["MatMul"]]},
             f"{SCHEME}.exclude": {"choice": [[], ["no such node *"]]},
         },
+        # The model as it was teaches, in a folder of its own: the recipes that come out must find it from anywhere.
+        "steps": [{"distill": {"teacher": "small", "kind": "soft"}}, step],
         "first": [GOOD, GOOD, {**GOOD, f"{SCHEME}.exclude": ["no such node *"]}],
         "constraints": {"max_top1_drop": 100.0},
         "measure": {"rounds": 2, "seconds": 0.02, "iterations": 6, "artifacts": ["model.int8_dynamic.onnx"]},

@@ -74,11 +74,13 @@ def command(
 
 
 def _plan(study: str, output: Path | None, options: Options) -> Plan:
+    from vitedge.study.estimate import fitted
     from vitedge.study.plan import make_plan
     from vitedge.study.spec import load_study
 
     spec = load_study(study)
-    return make_plan(spec, output or BUILD / spec.name, options)
+    folder = output or BUILD / spec.name
+    return make_plan(spec, folder, fitted(spec, folder, options))
 
 
 def _list(as_json: bool) -> int:
@@ -99,8 +101,8 @@ def _list(as_json: bool) -> int:
 
 def _show_plan(plan: Plan, as_json: bool) -> int:
     """What would be done, what rows share, and about how long and how large it gets."""
+    from vitedge.study.available import find_unavailable
     from vitedge.study.estimate import estimate_measuring, estimate_task
-    from vitedge.study.run import find_unavailable
 
     unavailable = find_unavailable(plan)
     states = _states(plan)
@@ -150,9 +152,12 @@ def _states(plan: Plan) -> dict[str, str]:
     if not (plan.folder / STORAGE_FILE).is_file():
         return {}
     from vitedge.study.queue import Queue
+    from vitedge.study.rows import is_built
 
     with Queue(plan.folder, None, plan.spec.name) as queue:
-        return {key: state.name for key, state in queue.states().items()}
+        states = {key: state.name for key, state in queue.states().items()}
+    gone = [task.key for task in plan.tasks if states.get(task.key) == "done" and not is_built(plan, task)]
+    return {**states, **dict.fromkeys(gone, "waiting")}
 
 
 def _task_json(plan: Plan, task: Task, state: str, guess: Estimate) -> dict[str, Any]:

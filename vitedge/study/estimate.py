@@ -6,19 +6,22 @@ Times are those of earlier builds where there are any, else of the kind of work 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from vitedge.artifact import MANIFEST, Manifest
 from vitedge.device import Device
 from vitedge.recipe import Recipe
 from vitedge.stage import trained_scheme
-from vitedge.study.budget import TEST_IMAGES, build_seconds
-from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
-from vitedge.study.spec import MeasureSpec
+from vitedge.study.available import find_unavailable
+from vitedge.study.budget import TEST_IMAGES, Budget, build_seconds
+from vitedge.study.plan import CHECKPOINT_STAGE, Options, Plan, Task, make_plan
+from vitedge.study.spec import MeasureSpec, StudySpec
 
 # Millions of parameters by a part of timm's name; the first that fits.
 _PARAMS_M = {"tiny": 5.7, "small": 22.0, "base": 86.0, "large": 304.0, "resnet18": 11.7, "resnet50": 25.6, "test_vit": 0.4}
 _QUANTIZED = 0.3  # of the float file
+SMALL, LEAST = 0.05, 0.001  # shares
 _LOAD_S, _IMAGE_S = 2.5, 0.01  # of a measuring process, and of judging an image
 
 
@@ -48,8 +51,40 @@ def estimate_task(plan: Plan, task: Task) -> Estimate:
         manifest = Manifest.load(root)
         seconds = sum(float(record["seconds"]) for record in manifest.stages.values())
         return Estimate(seconds, sum(artifact.size_bytes for artifact in manifest.artifacts.values()) / 2**20, True)
-    seconds = build_seconds(task.recipe, CHECKPOINT_STAGE if task.shared else None)
-    return Estimate(seconds, _mib(task), False)
+    training, rest = _split(task)
+    return Estimate(training + rest, _mib(task), False)
+
+
+def fitted(spec: StudySpec, folder: Path, options: Options) -> Options:
+    """The options with a budget in minutes made a share, so that training, building and measuring take about so long.
+
+    It is the share of the whole study on the devices that are here, whatever --only leaves out and whatever is built already: rows
+    that are added later must have had the same. What takes how long goes up with the share in a straight line.
+
+    Raises:
+        UsageError, FileProblems: As `make_plan`.
+    """
+    minutes = options.budget.minutes
+    if minutes is None:
+        return options
+    plans = (make_plan(spec, folder, replace(options, budget=Budget(share), only=())) for share in (SMALL, 1.0))
+    least, most = (_seconds_from_nothing(plan) for plan in plans)
+    share = SMALL + (1 - SMALL) * (60 * minutes - least) / max(most - least, 1e-9)
+    return replace(options, budget=Budget(min(1.0, max(LEAST, round(share, 4)))))
+
+
+def _seconds_from_nothing(plan: Plan) -> float:
+    """Of a whole study on the devices that are here, nothing of it built."""
+    unavailable = find_unavailable(plan)
+    building = sum(sum(_split(task)) for task in plan.tasks if task.device not in unavailable)
+    return building + sum(estimate_measuring(plan, device) for _, device in plan.devices if device.name not in unavailable)
+
+
+def _split(task: Task) -> tuple[float, float]:
+    """Seconds of training, and of everything else; a build that takes over another's checkpoint trains nothing."""
+    training = build_seconds(task.recipe, CHECKPOINT_STAGE)
+    rest = 0.0 if task.shared else build_seconds(task.recipe) - training
+    return (0.0 if task.source else training), rest
 
 
 def _mib(task: Task) -> float | None:

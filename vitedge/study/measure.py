@@ -17,6 +17,7 @@ from vitedge.bench.conditions import Settings
 from vitedge.bench.run import Bar, BenchRequest, BenchResult, bench
 from vitedge.bench.timing import TimingSettings
 from vitedge.device import Device
+from vitedge.errors import WorkerError
 from vitedge.report.json_file import dump, to_plain
 from vitedge.stage import artifact_name, trained_scheme
 from vitedge.study.plan import CHECKPOINT, Plan, Task
@@ -86,7 +87,7 @@ def measure_device(
         What is kept with the task: how many were measured.
 
     Raises:
-        VitedgeError: Nothing could be measured.
+        VitedgeError: Something could not be measured; what could is kept all the same.
     """
     measure = plan.spec.measure
     settings = Settings(rounds=measure.rounds, timing=TimingSettings(measure.iterations, measure.seconds))
@@ -95,6 +96,14 @@ def measure_device(
     result = bench(request, say, bar)  # which holds the host for itself
     content = {"schema_version": SCHEMA_VERSION, "device": device.name, **_by_row(plan, built, result)}
     write_text(measurements_file(plan, device, measure_key(plan, device, built)), dump(content))
+    if result.errors:
+        more = f" (and {len(result.errors) - 1} more)" if len(result.errors) > 1 else ""
+        raise WorkerError(
+            f"measuring on {device.name}",
+            expected="every file to be timed and judged",
+            found=f"{result.errors[0]}{more}",
+            fix="mend that, then use --retry-failed: all rows are measured again, together",
+        )
     return {"measured": len(result.measurements), "not_measured": len(result.skipped)}
 
 

@@ -24,7 +24,7 @@ class Origin:
 
     Attributes:
         name: What it is called in the study, the same on every machine.
-        digest: Identity of its bytes, hex, or the word for weights that are no file.
+        digest: Identity of its bytes, hex, or the word for weights that are no file; empty where it is not here.
         shown: Where it lies, for people.
     """
 
@@ -34,7 +34,7 @@ class Origin:
 
 
 def find_origins(plan: Plan, data: str | None) -> list[Origin]:
-    """The images and weights of all tasks; what cannot be found is left out, for it is the reason why a row will fail.
+    """The images and weights of all tasks.
 
     Args:
         plan: The study.
@@ -45,6 +45,7 @@ def find_origins(plan: Plan, data: str | None) -> list[Origin]:
         spec, model = task.recipe.data, task.recipe.model
         name = f"data set {spec.name}"
         if name not in found:
+            found[name] = Origin(name, "", "")
             with contextlib.suppress(VitedgeError):
                 source = datasets.find(spec.name, data)
                 found[name] = _origin(name, datasets.digest(source), source.path)
@@ -53,6 +54,7 @@ def find_origins(plan: Plan, data: str | None) -> list[Origin]:
         named = task.weights or model.weights
         name = f"{'--weights' if named == plan.weights else f'weights {named}'} of {model.arch}"
         if name not in found:
+            found[name] = Origin(name, "", "")
             with contextlib.suppress(VitedgeError):
                 weights = locate(model.weights, model.arch, task.weights)
                 found[name] = _origin(name, weights.digest(), weights.path)

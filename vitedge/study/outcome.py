@@ -149,6 +149,13 @@ def test_winner(shop: Workshop, reference: Reference, winner: Point, records: Se
         if not found:
             raise InputError(str(root), expected=winner.label, found="no such file that runs here", fix="search again on the same device")
         row = found[0]
+        if row.row.artifact.sha256 != winner.sha256:
+            raise InputError(
+                str(root),
+                expected=f"{winner.label} as it was measured",
+                found="a file of other bytes",
+                fix="search again in another folder",
+            )
         judged, _, errors = judge_rows(shop, [row, reference.best], images, bar)
     if errors:
         return {"reason": str(errors[0])}
@@ -190,6 +197,7 @@ def write_recipes(shop: Workshop, reference: Reference, kept: Sequence[Point], r
         path = shop.folder / PARETO / f"{place:02}_{shop.definition.search.name}_{digest[:8]}.yaml"
         recipe = shop.definition.recipe_of(by_number[number].settings)
         assert settings_digest(recipe) == digest
+        recipe = with_own_teacher(shop, recipe)
         own = [point for point in kept if point.trial == number]
         write_text(path, recipe_text(shop, reference, recipe, path, number, own))
         recipes[digest] = path
@@ -197,6 +205,16 @@ def write_recipes(shop: Workshop, reference: Reference, kept: Sequence[Point], r
         if path not in recipes.values():
             path.unlink(missing_ok=True)
     return recipes
+
+
+def with_own_teacher(shop: Workshop, recipe: Recipe) -> Recipe:
+    """The recipe with the search's own baseline as its teacher, by path, where it names it: elsewhere that name is another model."""
+    name, path = shop.definition.baseline.name, str(shop.baseline_root / "checkpoint.safetensors")
+    steps = tuple(
+        (step, config.model_copy(update={"teacher": path}) if getattr(config, "teacher", None) == name else config)
+        for step, config in recipe.steps
+    )
+    return recipe.model_copy(update={"steps": steps})
 
 
 def recipe_text(shop: Workshop, reference: Reference, recipe: Recipe, path: Path, number: int, points: Sequence[Point]) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 from vitedge.artifact import digest_of
 from vitedge.device import Device, load_device
 from vitedge.errors import FileProblems, UsageError, closest
+from vitedge.pipeline import STAGE_VERSIONS
 from vitedge.recipe import Recipe, load_recipe
-from vitedge.study.budget import Budget, build_seconds
+from vitedge.study.budget import Budget
 from vitedge.study.overrides import apply_overrides
 from vitedge.study.spec import BASE, RowSpec, StudySpec, folder_name
 
@@ -120,21 +121,37 @@ class Plan:
 def make_plan(spec: StudySpec, folder: Path, options: Options) -> Plan:
     """Resolve a study; reads recipes and device profiles, and neither data nor weights.
 
+    A budget in minutes is to be made a share first, by `estimate.fitted`.
+
     Raises:
         UsageError: A device or label that is not there, or a base that is neither in the study nor given.
         FileProblems: Every row whose recipe cannot be had, a line each.
     """
     spec = _selected(spec, options.only)
     devices = tuple((asked, load_device(asked)) for asked in dict.fromkeys(options.devices or spec.devices))
+    _check_names(devices)
     budget = options.budget
-    if budget.minutes is not None:
-        whole = _Resolver(spec, folder, devices, replace(options, budget=Budget())).tasks()
-        budget = budget.within(sum(build_seconds(task.recipe, CHECKPOINT_STAGE if task.shared else None) for task in whole))
-    tasks = _Resolver(spec, folder, devices, replace(options, budget=budget)).tasks()
-    asked_samples = [count for count in (spec.measure.samples, budget.samples) if count is not None]
-    return Plan(
-        spec, folder, devices, tuple(tasks), options.data, options.weights, budget, min(asked_samples, default=None), bool(options.only)
-    )
+    tasks = _Resolver(spec, folder, devices, options).tasks()
+    samples = min((count for count in (spec.measure.samples, budget.samples) if count is not None), default=None)
+    return Plan(spec, folder, devices, tuple(tasks), options.data, options.weights, budget, samples, bool(options.only))
+
+
+def _check_names(devices: tuple[tuple[str, Device], ...]) -> None:
+    """Two profiles of one name would share rows, builds and measurements.
+
+    Raises:
+        UsageError: There are.
+    """
+    by_name: dict[str, str] = {}
+    for asked, device in devices:
+        if device.name in by_name:
+            raise UsageError(
+                f"device {asked}",
+                expected="profiles that differ in `name`",
+                found=f"'{device.name}' in {by_name[device.name]} too",
+                fix="rename one of them",
+            )
+        by_name[device.name] = asked
 
 
 def _selected(spec: StudySpec, only: Sequence[str]) -> StudySpec:
@@ -171,6 +188,7 @@ class _Resolver:
 
     def __init__(self, spec: StudySpec, folder: Path, devices: tuple[tuple[str, Device], ...], options: Options) -> None:
         self.spec, self.folder, self.options = spec, folder, options
+        self.profiles = {device.name: device for _, device in devices}
         names = [device.name for _, device in devices]
         # A profile without an accelerator is never refused, so that its build is there for the others to take over.
         self.first = next((device.name for _, device in devices if device.accelerator == "none"), names[0])
@@ -214,7 +232,8 @@ class _Resolver:
         first: Task | None = None
         for device in self.devices:
             folder = recipe.name if first is None else f"{recipe.name}.{device}"
-            key = digest_of("row", row.label, device, recipe.to_plain(), told, needs)
+            profile = self.profiles[device].to_plain()
+            key = digest_of("row", row.label, device, folder, profile, recipe.to_plain(), told, needs, STAGE_VERSIONS)
             task = Task(key, row.label, device, folder, recipe, weights, needs)
             if first is not None:
                 task = replace(task, after=first.key, source=first.folder)
@@ -248,7 +267,8 @@ class _Resolver:
         """The task of a recipe of which only the checkpoint is needed."""
         if folder not in self.shared:
             needs = self._teachers(recipe, above)
-            self.shared[folder] = Task(digest_of("shared", recipe.to_plain(), needs), folder, "", folder, recipe, None, needs)
+            key = digest_of("shared", recipe.to_plain(), needs, STAGE_VERSIONS[CHECKPOINT_STAGE])
+            self.shared[folder] = Task(key, folder, "", folder, recipe, None, needs)
         elif self.shared[folder].recipe != recipe:
             raise UsageError(
                 f"recipe {folder}",

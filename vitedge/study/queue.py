@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -113,18 +113,25 @@ class Queue:
                     fix=f"choose another folder with -o (and another --storage), or {fix}",
                 )
 
-    def refresh(self, tasks: Mapping[str, str], again: bool = False) -> dict[str, State]:
+    def begun_with(self, name: str) -> str | None:
+        """What `hold_to` holds to, for people; None where nothing does yet."""
+        begun = self.study.user_attrs.get(f"{BEGUN_WITH} {name}")
+        return None if begun is None else str(begun[1])
+
+    def refresh(self, tasks: Mapping[str, str], again: bool = False, gone: Container[str] = ()) -> dict[str, State]:
         """Put back what was lost, put in what is missing, and say how far each task is.
 
         Args:
             tasks: Key to name.
             again: Whether those that failed are put in once more.
+            gone: Keys of tasks that were done and of which nothing is left.
         """
         with self._lock:
             reclaim(self.study)
             states = self.states()
             for key, name in tasks.items():
-                if key not in states or (again and states[key].name == "failed"):
+                so_far = states[key].name if key in states else "missing"
+                if so_far == "missing" or (again and so_far == "failed") or (key in gone and so_far == "done"):
                     self.study.enqueue_trial({}, user_attrs={KEY: key, NAME: name})
             return self.states()
 

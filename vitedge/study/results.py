@@ -76,15 +76,14 @@ def write_results(plan: Plan, content: dict[str, Any]) -> Path:
 
 
 def _measured(plan: Plan, device: Device, states: Mapping[str, State]) -> tuple[dict[str, Any], str]:
-    """The measurements of the files as they are now; or why there are none."""
+    """The measurements of the files as they are now, and why some or all of them are missing."""
     built = [find_built(plan, task, device) for task in plan.rows_of(device.name) if states.get(task.key, _ABSENT).name == "done"]
     if not built:
         return {}, ""
     key = measure_key(plan, device, built)
     state = states.get(key)
-    if state is not None and state.name == "failed":
-        return {}, f"built and not measured: {state.reason}"
-    return read_measurements(measurements_file(plan, device, key)), ""
+    why = f"built and not measured: {state.reason}" if state is not None and state.name == "failed" else ""
+    return read_measurements(measurements_file(plan, device, key)), why
 
 
 def _row(plan: Plan, spec: RowSpec, task: Task, state: State) -> dict[str, Any]:

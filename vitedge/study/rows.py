@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitedge.artifact import MANIFEST, Artifact, Manifest, saying_where, writing
+from vitedge.artifact import MANIFEST, Artifact, Manifest, read_json, saying_where, write_json, writing
 from vitedge.bench.host_lock import working
 from vitedge.device import Device
 from vitedge.pipeline import Bar, Pipeline
 from vitedge.study.folder_lock import held
 from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
 
+STAMP = "task.json"  # in a build folder: the key of the task that it was built for
 _QUIET_NOTES = (str, int, float, bool)
 
 
@@ -37,16 +38,31 @@ def build_task(plan: Plan, task: Task, data: str | None, say: Callable[[str], No
     root = plan.root(task)
     device = _device(plan, task)
     with held(root, say), working("build", say), saying_where(root):
+        (root / STAMP).unlink(missing_ok=True)  # until it is built, the folder is nobody's
         if task.source:
             take_checkpoint(root.parent / task.source, root)
         pipeline = Pipeline(task.recipe, device, root, data, task.weights)
         plans = pipeline.plan(CHECKPOINT_STAGE if task.shared else None)
         manifest = pipeline.run(plans, bar)
+        write_json(root / STAMP, {"key": task.key})
     skipped = {one.name: one.reason for one in plans if one.action == "skip"}
     stages = {one.name: float(manifest.stages[one.name]["seconds"]) for one in plans if one.name in manifest.stages}
     checkpoint = manifest.artifacts["checkpoint.safetensors"]
     steps = [{name: _short(notes) for name, notes in step.items()} for step in checkpoint.notes.get("steps", [])]
     return {"stage_seconds": stages, "steps": steps, "not_built": skipped}
+
+
+def is_built(plan: Plan, task: Task) -> bool:
+    """Whether the task's folder holds what it was done for; another version of the row may have been built there since, or nothing be left.
+
+    Raises:
+        InputError: The note in the folder is damaged.
+    """
+    path = plan.root(task) / STAMP
+    if not path.is_file():
+        return False
+    content = read_json(path)
+    return isinstance(content, dict) and content.get("key") == task.key
 
 
 def _device(plan: Plan, task: Task) -> Device:
@@ -62,19 +78,20 @@ def _short(notes: Any) -> dict[str, Any]:
 def take_checkpoint(source: Path, root: Path) -> None:
     """Copy the checkpoint of the same row's build for another device, so that nothing is trained twice.
 
-    Only the int8 files depend on the device. Does nothing where there is no checkpoint, or this folder has a build already.
+    Only the int8 files depend on the device. Does nothing where there is no checkpoint, or this folder has the same one already.
 
     Raises:
-        InputError: The manifest of `source` is damaged.
+        InputError: A manifest is damaged.
         OutputError: The copy cannot be written.
     """
-    if (root / MANIFEST).exists() or not (source / MANIFEST).is_file():
+    if not (source / MANIFEST).is_file():
         return
     made = Manifest.load(source)
     record = made.stages.get(CHECKPOINT_STAGE)
-    if record is None:
+    taken = Manifest.load(root) if (root / MANIFEST).is_file() else Manifest(root, {})
+    if record is None or taken.stages.get(CHECKPOINT_STAGE) == record:
         return
-    taken = Manifest(root, {CHECKPOINT_STAGE: record})
+    taken.stages[CHECKPOINT_STAGE] = record
     for name in record["outputs"]:
         taken.artifacts[name] = _copy(made.artifacts[name], source, root)
     taken.save()

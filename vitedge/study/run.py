@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from vitedge import data as datasets
-from vitedge.device import Device, require_accelerator
-from vitedge.errors import UnavailableError, VitedgeError, WorkerError
-from vitedge.host import probe_host
+from vitedge.device import Device
+from vitedge.errors import OutputError, UsageError, VitedgeError, WorkerError
 from vitedge.pipeline import Bar
+from vitedge.study.available import require_one
 from vitedge.study.estimate import estimate_measuring, estimate_task
 from vitedge.study.measure import Built, find_built, measure_device, measure_key
 from vitedge.study.origins import find_origins
 from vitedge.study.plan import Plan, Task
 from vitedge.study.queue import Claim, Queue, State
 from vitedge.study.results import collect, write_results
-from vitedge.study.rows import build_task
+from vitedge.study.rows import build_task, is_built
 
 Bars = Callable[[], AbstractContextManager[Bar]]
 POLL_S = 1.0
@@ -53,7 +53,7 @@ def run_study(
         OutputError: The study's folder cannot be written.
         KeyboardInterrupt: Told to end; the task at hand was handed back.
     """
-    unavailable = find_unavailable(plan)
+    unavailable = require_one(plan)
     with Queue(plan.folder, url, plan.spec.name) as queue:
         data = find_data(plan)
         _hold(plan, queue, data)
@@ -68,28 +68,19 @@ def run_study(
 
 
 def _hold(plan: Plan, queue: Queue, data: str | None) -> None:
-    """Refuse to go on with a study that was begun with another budget, other images or other weights."""
-    queue.hold_to("--budget", plan.budget.label, plan.budget.label or "all of the work", "give the same budget")
-    for origin in find_origins(plan, data):
-        queue.hold_to(origin.name, origin.digest, origin.shown, "give the same")
+    """Refuse to go on with a study that was begun with another budget, other images or other weights, or with some that are not here.
 
-
-def find_unavailable(plan: Plan) -> dict[str, str]:
-    """Devices whose accelerator is not on this host, with the reason.
-
-    Raises:
-        UnavailableError: None of the study's devices is here.
+    A host without them would fail every row that is left, for all the others.
     """
-    host, found = probe_host(), {}
-    last: UnavailableError | None = None
-    for _, device in plan.devices:
-        try:
-            require_accelerator(device, host)
-        except UnavailableError as error:
-            last, found[device.name] = error, str(error)
-    if last is not None and len(found) == len(plan.devices):
-        raise last
-    return found
+    queue.hold_to("--budget", plan.budget.label, plan.budget.label or "all of the work", "give the same budget")
+    states = queue.states()
+    unfinished = any(task.key not in states or not states[task.key].ended for task in plan.tasks)
+    for origin in find_origins(plan, data):
+        if origin.digest:
+            queue.hold_to(origin.name, origin.digest, origin.shown, "give the same")
+        elif unfinished and (begun := queue.begun_with(origin.name)) is not None:
+            fix = "bring them here, and give --data or --weights, or set VITEDGE_DATA or VITEDGE_WEIGHTS"
+            raise UsageError(origin.name, expected=f"what this study was begun with: {begun}", found="none on this host", fix=fix)
 
 
 def find_data(plan: Plan) -> str | None:
@@ -117,8 +108,10 @@ class _Worker:
         self.told_of_waiting = False
 
     def put_in(self, again: bool) -> None:
-        """Every task that is not in yet, and what failed where it is to be tried again."""
-        states = self.queue.refresh(self.names, again)
+        """Every task that is not in yet, what failed where it is to be tried again, and what was done and whose folder has none of it."""
+        known = self.queue.states()
+        done = [task for task in self.plan.tasks if task.key in known and known[task.key].name == "done"]
+        states = self.queue.refresh(self.names, again, {task.key for task in done if not is_built(self.plan, task)})
         if again:
             self.queue.refresh({key: f"measuring {device.name}" for (_, device), key in self.measuring(states)}, again)
 
@@ -210,6 +203,9 @@ class _Worker:
                         fix="see whether memory ran out, then use --retry-failed",
                     )
                 kept = job(bar)
+        except OutputError:  # a full disk is this host's, and would fail every row that is left
+            claim.hand_back()
+            raise
         except VitedgeError as error:
             failure = error
         except Exception as error:
@@ -241,8 +237,8 @@ class _Worker:
         """The estimates of what is left, at the pace so far, shared among the workers at work."""
         estimated, taken = (sum(column) for column in zip(*self.pace, strict=True))
         pace = min(20.0, max(0.05, taken / estimated)) if estimated else 1.0
-        building = [key for key in self.names if key not in states or not states[key].ended]
-        left = sum(self.estimates[key] for key in building) * pace / workers
+        unfinished = [task for task in self.plan.tasks if task.key not in states or not states[task.key].ended]
+        left = sum(self.estimates[task.key] for task in unfinished if task.device not in self.unavailable) * pace / workers
         measured = {device.name for (_, device), key in self.measuring(states) if key in states and states[key].ended}
         here = [device for _, device in self.plan.devices if device.name not in self.unavailable and device.name not in measured]
         return left + sum(estimate_measuring(self.plan, device) for device in here)

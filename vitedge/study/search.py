@@ -126,7 +126,7 @@ def _open_study(storage: optuna.storages.RDBStorage, definition: Definition, ide
     elif known != identity:
         raise UsageError(
             f"search {search.name}",
-            expected="the search that was begun here: the same recipe, space, measuring, limits, device, data and weights",
+            expected="the search that was begun here: the same recipe, space, measuring, limits, device, data, weights, host and engines",
             found="another one of that name",
             fix="choose another folder with -o (and another --storage)",
         )

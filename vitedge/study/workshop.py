@@ -28,6 +28,7 @@ from vitedge.study.definition import Definition
 from vitedge.study.point import limits_of
 
 TRIALS = "trials"
+HOST_FACTS = ("arch", "cpu", "isa", "usable_cores", "gpus")  # that decide speed
 Bar = Callable[[str], Progress]
 
 
@@ -106,6 +107,9 @@ class Workshop:
             {path: dimension.model_dump(mode="json") for path, dimension in search.space.items()},
             [search.objectives, search.measure.model_dump(mode="json"), self.limits, self.device.model_dump(mode="json")],
             [self.pipeline(definition.baseline, self.baseline_root).weights.digest(), self.images("validation").digest],
+            # Ratios of one kind of host say nothing of another's, and a newer engine is another baseline.
+            [getattr(self.host, name) for name in HOST_FACTS],
+            {name: [said.version, list(said.providers)] for name, said in self.host.engines.items()},
         )
 
 
