@@ -42,6 +42,15 @@ TRAINING_FILES = ("checkpoint.last.safetensors", FLOAT, METRICS, CURVES)
 Bar = Callable[[str], Progress]
 
 
+def find_weights(recipe: Recipe, option: str | None) -> WeightsSource:
+    """What a recipe's model starts from; `option` is `--weights`.
+
+    Raises:
+        UsageError: It is not there.
+    """
+    return locate(recipe.model.weights, recipe.model.arch, option)
+
+
 class Pipeline:
     """One recipe's build folder.
 
@@ -81,7 +90,7 @@ class Pipeline:
                 found="other files",
                 fix="choose another folder with -o, or add --overwrite",
             )
-        self.weights: WeightsSource = locate(recipe.model.weights, recipe.model.arch, weights_option)
+        self.weights = find_weights(recipe, weights_option)
         self.rules = resolve_rules(device, probe_host())
         if datasets.wants_data(recipe) and self.dataset is not None:
             self.recipe = datasets.fill(recipe, self.dataset)

@@ -339,6 +339,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, more: dict[str, A
         assert torch.equal(expected, found), name
 
 
+@pytest.mark.slow
 def test_training_brings_back_what_few_bits_lost(tmp_path: Path) -> None:
     model = made.student(False)
     plain = TrainConfig(steps=60, batch_size=32, lr=3e-3, precision="fp32", shift=1)

@@ -23,7 +23,8 @@ from vitedge.models.embed import embed
 from vitedge.preprocess import Preprocessing
 
 STATIC = "model.int8_static.onnx"
-META = CheckpointMeta("test_vit", 16, 8, 3, Preprocessing(size=16).to_json(), ("blue", "green", "red"))
+SHALLOW = {"depth": 2}
+META = CheckpointMeta("test_vit", 16, 8, 3, Preprocessing(size=16).to_json(), ("blue", "green", "red"), options=SHALLOW)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> Zoo:
     data, folder = root / "data", root / "build"
     shutil.copytree(colours, data)
     recipe = write_recipe(
-        root, data, model={"arch": "test_vit", "img_size": 16, "patch_size": 8, "weights": "builtin"}, steps=[], quantize={}
+        root,
+        data,
+        model={"arch": "test_vit", "img_size": 16, "patch_size": 8, "weights": "builtin", "options": SHALLOW},
+        steps=[],
+        quantize={},
     )
     folder.mkdir()
     shutil.copy(recipe, folder / "recipe.yaml")

@@ -92,6 +92,7 @@ def test_run_again_nothing_is_done_twice(finished: tuple[Path, Path, list[str]])
     assert kept == {path: path.stat().st_mtime_ns for path in folder.glob("measurements/*.json")}
 
 
+@pytest.mark.slow
 def test_a_row_that_was_mended_is_measured_together_with_the_others(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
     study, folder, _ = finished
     shutil.copytree(folder, tmp_path / "out")
@@ -137,6 +138,7 @@ def test_a_row_is_what_its_folder_holds_and_not_what_was_done_there_once(finishe
     assert run(plan_of(study, tmp_path / "out", **only))["Tiny / int8"]["artifacts"] == before
 
 
+@pytest.mark.slow
 def test_a_file_that_could_not_be_measured_is_tried_again_when_asked(
     finished: tuple[Path, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +301,7 @@ def test_killed_often_it_ends_as_if_it_had_not_been(finished: tuple[Path, Path, 
     assert answers(tmp_path / "out") == answers(folder)
 
 
+@pytest.mark.slow
 def test_told_to_end_it_hands_its_row_back(tmp_path: Path, colours: Path) -> None:
     study = write_study(tmp_path, colours, steps=100_000)
     worker = start(study, tmp_path / "out")

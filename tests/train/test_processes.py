@@ -55,7 +55,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> tuple[Path
 
 
 @pytest.mark.parametrize(
-    "launcher", [(), ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")], ids=["--processes", "torchrun"]
+    "launcher",
+    [(), pytest.param(("torch.distributed.run", "--standalone", "--nproc-per-node", "2"), marks=pytest.mark.slow)],
+    ids=["--processes", "torchrun"],
 )
 def test_many_processes_train_what_one_trains(alone: tuple[Path, Path, dict[str, Any]], tmp_path: Path, launcher: tuple[str, ...]) -> None:
     recipe, expected, notes = alone
@@ -131,6 +133,7 @@ def test_sigterm_stops_all_processes_with_a_state_saved(tmp_path: Path, colours:
     assert (out / ".work" / "step0" / "train.state.pt").exists() and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_more_processes_than_images_in_a_batch_is_refused(tmp_path: Path, colours: Path) -> None:
     done = vitedge(*command(recipe_of(tmp_path, colours, batch_size=1), tmp_path / "out", "--processes", "2"))
     assert done.returncode == 2

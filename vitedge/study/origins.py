@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vitedge import data as datasets
 from vitedge.errors import VitedgeError
-from vitedge.models.weights import locate
+from vitedge.pipeline import find_weights
 from vitedge.study.plan import BUILDS, Plan
 
 HEX_SHOWN = 12
@@ -56,7 +56,7 @@ def find_origins(plan: Plan, data: str | None) -> list[Origin]:
         if name not in found:
             found[name] = Origin(name, "", "")
             with contextlib.suppress(VitedgeError):
-                weights = locate(model.weights, model.arch, task.weights)
+                weights = find_weights(task.recipe, task.weights)
                 found[name] = _origin(name, weights.digest(), weights.path)
     return list(found.values())
 
