@@ -62,8 +62,14 @@ def _studies_apart(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row.study:
             name = names[row.study, row.source]
-            labels = {field: label_in(name, getattr(row, field)) for field in ("label", "baseline", "untouched", "continued")}
-            row = replace(row, study=name, **labels)
+            row = replace(
+                row,
+                study=name,
+                label=label_in(name, row.label),
+                baseline=label_in(name, row.baseline),
+                untouched=label_in(name, row.untouched),
+                continued=label_in(name, row.continued),
+            )
         made.append(row)
     return made
 
