@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from tests.compress import made
+from tests.compress.pruning import vit
 from vitedge.compress import Compressed, gates
 from vitedge.errors import FileProblems, UsageError
 from vitedge.models.build import CheckpointMeta, load_checkpoint, save_checkpoint
@@ -221,6 +222,8 @@ def _narrow() -> nn.Module:
         (_factored, ["mlp"], "blocks.1.mlp.fc2: expected a plain linear layer in float, found FactoredLinear; put `gates` before"),
         (_with_gates, ["mlp"], "expected a model without gates"),
         (_narrow, ["skip"], "found widths 8, 16"),
+        (lambda: vit(scale_attn_norm=True), ["value_dims"], "gates: blocks.0.attn.norm: expected no norm over what value_dims would take"),
+        (lambda: vit(scale_mlp_norm=True), ["mlp"], "gates: blocks.0.mlp.norm: expected no norm over what mlp would take away"),
     ],
 )
 def test_what_cannot_be_gated_is_refused_in_one_line(broken: Callable[[], nn.Module], where: list[str], message: str) -> None:

@@ -188,6 +188,10 @@ def test_the_histogram_counts_weights() -> None:
     dims = found["value_dims"]
     assert sum(dims["counts"]) == 6 * 33 and sum(dims["kept"]) == 4 * 33
     assert dims["edges"][0] < math.log10(2) < dims["edges"][-1]
+    # What is kept of a head that goes is gone with it.
+    headed = {**scores, ("a", "heads"): torch.tensor([1.0, 3.0], dtype=torch.float64)}
+    found = histograms(headed, {**kept, ("a", "heads"): torch.tensor([1])}, {**weights, ("a", "heads"): torch.full((2,), 99.0)})
+    assert sum(found["value_dims"]["kept"]) == 2 * 33 and sum(found["heads"]["kept"]) == 99
 
 
 def test_equal_scores_go_evenly() -> None:

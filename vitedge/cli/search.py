@@ -49,8 +49,8 @@ def command(
     set as recipes in FOLDER/pareto/, and with one winner: among the files that miss no limit (the file's constraints, the
     device's budgets) the one with the largest product of times as fast and times as small. The test split judges that one, once.
 
-    Interrupted or killed, the same command goes on. Run it again beside itself, or on other machines with --storage and a
-    shared folder, and the workers share the trials. Exit code 3: no file is inside the limits.
+    Interrupted or killed, the same command goes on. Run it again beside itself, or on machines like this one with --storage
+    and a shared folder, and the workers share the trials. Exit code 3: no file is inside the limits.
 
     \b
     vitedge search --list

@@ -10,7 +10,7 @@ from torch import nn
 
 from vitedge.compress import Batch
 from vitedge.errors import UsageError
-from vitedge.models.blocks import block_names, plain_linear
+from vitedge.models.blocks import block_names, norms_over, plain_linear
 from vitedge.models.gated import READERS, SKIP, Gate, GatedLinear, gated_layers, ungate_
 from vitedge.models.heads import classifier_names
 
@@ -41,6 +41,13 @@ def insert(model: nn.Module, where: Sequence[str], soft: bool, lr_scale: float) 
     kinds: dict[str, list[str]] = {}
     for block in blocks:
         for kind in where:
+            for name, norm in norms_over(model.get_submodule(block), kind):
+                raise UsageError(
+                    f"gates: {block}.{name}",
+                    expected=f"no norm over what {kind} would take away",
+                    found=type(norm).__name__,
+                    fix=f"leave {kind} out of gates.where: `prune` could not cut it",
+                )
             if kind != "skip":
                 kinds.setdefault(f"{block}.{READERS[kind]}", []).append(kind)
     stream = _stream_readers(model, blocks) if "skip" in where else []

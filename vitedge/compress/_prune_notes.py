@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vitedge.compress._prune_scores import Scores
-from vitedge.compress._prune_units import Place
+from vitedge.compress._prune_units import PER_HEAD, Place
 
 BINS = 40
 NARROWEST = 1e-6  # in log10 of a score: what lies closer together is one score
@@ -44,7 +44,7 @@ def histograms(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scor
 def _histogram(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scores, kind: str) -> dict[str, Any]:
     places = [place for place in scores if place[1] == kind]
     score_U, weights_U = _flat([scores[place] for place in places]), _flat([weights[place] for place in places])
-    kept_U = weights_U * _flat([_mask(scores[place], kept.get(place)) for place in places])
+    kept_U = weights_U * _flat([_mask(scores[place], kept.get(place)) * _heads_kept(scores[place], place, kept) for place in places])
     found_U = score_U > 0
     logs_U = np.log10(score_U[found_U])
     low, high = (float(logs_U.min()), float(logs_U.max())) if len(logs_U) else (0.0, 0.0)
@@ -64,6 +64,14 @@ def _histogram(scores: Scores, kept: Mapping[Place, torch.Tensor], weights: Scor
 def _flat(tensors: list[torch.Tensor]) -> np.ndarray:
     flat: np.ndarray = torch.cat([tensor.double().flatten() for tensor in tensors]).numpy()
     return flat
+
+
+def _heads_kept(score: torch.Tensor, place: Place, kept: Mapping[Place, torch.Tensor]) -> torch.Tensor:
+    """0 for dimensions whose head goes, whatever is kept of the dimensions; (heads, 1), or 1 for what no head has."""
+    heads = kept.get((place[0], "heads"))
+    if place[1] not in PER_HEAD or heads is None:
+        return torch.ones(())
+    return torch.zeros(len(score)).scatter_(0, heads.cpu(), 1.0)[:, None]
 
 
 def _mask(score: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch import nn
 from vitedge.compress._prune_norm import SelectingNorm
 from vitedge.errors import UsageError
 from vitedge.models.attention import OpenAttention, open_attention
-from vitedge.models.blocks import block_names, plain_linear
+from vitedge.models.blocks import block_names, norms_over, plain_linear
 from vitedge.models.heads import classifier_names
 
 Place = tuple[str, str]
@@ -83,12 +83,8 @@ def _check(model: nn.Module, block: str, kind: str) -> None:
         if isinstance(module, ResPostBlock) or not (affine or isinstance(norm, SelectingNorm)):
             raise _refusal(f"{block}.norm1", "a LayerNorm with weights before attention", type(norm).__name__)
     # A norm over units would see others when some are gone: a cut would then not be what it is scored as.
-    names = {"heads": ["attn.norm"], "value_dims": ["attn.norm"], "key_dims": ["attn.q_norm", "attn.k_norm"], "mlp": ["mlp.norm"]}
-    for name in names.get(kind, []):
-        parent, _, leaf = name.rpartition(".")
-        norm = getattr(module.get_submodule(parent), leaf, None)
-        if norm is not None and not isinstance(norm, nn.Identity):
-            raise _refusal(f"{block}.{name}", f"no norm over what {kind} would take away", type(norm).__name__, kind)
+    for name, norm in norms_over(module, kind):
+        raise _refusal(f"{block}.{name}", f"no norm over what {kind} would take away", type(norm).__name__, kind)
 
 
 def _check_stream(model: Any, blocks: Sequence[str]) -> None:

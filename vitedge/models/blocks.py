@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from vitedge.errors import UsageError
@@ -33,6 +35,29 @@ def block_names(model: nn.Module, technique: str) -> list[str]:
             fix="remove the step, or choose a ViT or DeiT as model.arch",
         )
     return names
+
+
+# What a timm block may have in it that normalizes over units of a kind.
+_NORMS_OVER = {
+    "heads": ("attn.norm",),
+    "value_dims": ("attn.norm",),
+    "key_dims": ("attn.q_norm", "attn.k_norm"),
+    "mlp": ("mlp.norm",),
+}
+
+
+def norms_over(block: nn.Module, kind: str) -> Iterator[tuple[str, nn.Module]]:
+    """The norms over units of a kind, by their names in the block: without some of the units they would see others.
+
+    Args:
+        block: timm's.
+        kind: `heads`, `key_dims`, `value_dims`, `mlp`, or one that nothing normalizes over.
+    """
+    for name in _NORMS_OVER.get(kind, ()):
+        parent, _, leaf = name.rpartition(".")
+        norm = getattr(block.get_submodule(parent), leaf, None)
+        if norm is not None and not isinstance(norm, nn.Identity):
+            yield name, norm
 
 
 def plain_linear(model: nn.Module, name: str, technique: str) -> nn.Linear:

@@ -163,10 +163,11 @@ class Queue:
         try:
             if not self.storage.set_trial_state_values(trial_id, optuna.trial.TrialState.RUNNING):
                 return None
+            trial = optuna.trial.Trial(self.study, trial_id)
+            sign(trial)
+        # Taken before, or, by a worker whose clock is hours ahead, held for one that nobody signed.
         except optuna.exceptions.UpdateFinishedTrialError:
             return None
-        trial = optuna.trial.Trial(self.study, trial_id)
-        sign(trial)
         return Claim(self, trial, trial_id)
 
 
