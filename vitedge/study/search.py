@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import optuna
 
 IDENTITY, ENQUEUED = "identity", "enqueued"
+POLL_S = 2.0
 MAX_LOST = 3  # processes that may die over one trial before it counts as failed
 MAX_REPEATS = 25  # trials in a row that propose what was tried already
 ASK_LOCK = ".ask.lock"
@@ -154,10 +155,18 @@ class _Run:
 
     def go(self) -> str:
         """Run trials until there is a reason to stop, which is returned."""
+        waiting = False
         while True:
             asked = self._ask()
             if isinstance(asked, str):
                 return asked
+            if asked is None:
+                if not waiting:
+                    self.shop.say("nothing left to begin; waiting for the trials that other workers are at")
+                waiting = True
+                time.sleep(POLL_S)
+                continue
+            waiting = False
             trial, settings = asked
             self._run(trial, settings)
             write_result(self.shop, self.reference, self._records(), "not ended yet")
@@ -165,8 +174,8 @@ class _Run:
     def _records(self) -> list[Record]:
         return records_of(self.study, self.shop.definition.space)
 
-    def _ask(self) -> tuple[optuna.Trial, Settings] | str:
-        """A trial with its settings, or why there is no other."""
+    def _ask(self) -> tuple[optuna.Trial, Settings] | str | None:
+        """A trial with its settings, or why there is no other; None where one that another worker is at may yet come back."""
         from filelock import FileLock
 
         definition = self.shop.definition
@@ -177,7 +186,11 @@ class _Run:
                 self.study.set_user_attr(ENQUEUED, True)
             for number in reclaim(self.study):
                 self.shop.say(f"trial {number} was lost with its process; it is begun again")
-            ended = self._why_ended(self._records())
+            records = self._records()
+            ended = self._why_ended(records)
+            # Of a worker that died meanwhile nobody knows yet: who leaves now would leave its trial to nobody.
+            if ended and self._is_full(records) and any(record.state == "RUNNING" for record in records):
+                return None
             if ended:
                 return ended
             with warnings.catch_warnings():
@@ -187,10 +200,13 @@ class _Run:
             sign(trial)
             return trial, definition.space.draw(trial)
 
+    def _is_full(self, records: Sequence[Record]) -> bool:
+        """Whether as many different settings as were asked for are tried or being tried."""
+        return sum(record.counts for record in records) >= self.limit
+
     def _why_ended(self, records: Sequence[Record]) -> str:
         """Why no other trial is begun; empty where one is."""
-        counted = [record for record in records if record.counts]
-        if len(counted) >= self.limit:
+        if self._is_full(records):
             return f"{self.limit} different settings were tried"
         finished = [record for record in records if record.ended]
         if len(finished) >= MAX_REPEATS and all(record.duplicate_of is not None for record in finished[-MAX_REPEATS:]):
