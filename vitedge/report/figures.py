@@ -15,7 +15,7 @@ from vitedge.bench.records import Measurement
 from vitedge.report.cells import MIB, short
 from vitedge.report.curves import Curve, read_curves
 from vitedge.report.places import Place, place_names, place_of
-from vitedge.report.records import Row, Table
+from vitedge.report.records import Row, Table, file_of
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#888888")
 SHAPES = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star", "pentagon", "hexagram", "hexagon")
@@ -24,7 +24,7 @@ MARKED = 8  # points of a curve that have a marker, so that curves differ by mor
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 DRAWN_SAMPLES = 200  # of a row's inferences
 DRAWN_BOXES = 40  # rows whose latencies are drawn
-NAME = 26  # characters of a row's name beside a box
+NAME = 30  # characters of each of the two lines beside a box
 
 
 @dataclass(frozen=True)
@@ -202,29 +202,36 @@ def latencies(table: Table) -> list[Figure]:
         note = f"Each box is drawn from at most {DRAWN_SAMPLES} of a row's inferences, evenly spaced from the shortest to the longest."
         note += f" {len(rows) - len(drawn)} further rows are not drawn." if len(rows) > len(drawn) else ""
         layout = {
-            "xaxis": {"title": {"text": "ms"}, "type": "log"},
+            "xaxis": {"title": {"text": "ms"}, "type": "log", "dtick": "D2"},  # labels at 1, 2 and 5: a phone has no room for more
             "yaxis": {"automargin": True, "type": "category"},
             "showlegend": False,
             "hovermode": "closest",
         }
         title = f"Latency on {name}, batch {batch}"
-        made.append(Figure(f"latency-{len(made)}", title, note, traces, layout, 160 + 34 * len(drawn)))
+        made.append(Figure(f"latency-{len(made)}", title, note, traces, layout, 160 + 38 * len(drawn)))
     return made
 
 
 def _box(row: Row, place: int) -> dict[str, Any]:
     assert row.measurement is not None
-    short_name = row.name if len(row.name) <= NAME else f"{row.name[: NAME - 1]}…"
+    # Rows of one label differ in their files: both are said, each cut to a line of its own.
+    m = row.measurement
+    file = file_of(m).removeprefix("model.").removeprefix(f"{m.runtime}.").replace(".onnx in ", ", ").replace(" in ", ", ")
+    short_name = "<br>".join(html.escape(_cut(text), quote=False) for text in (row.label, file))
     return {
         "type": "box",
         "orientation": "h",
         # Two names cut to the same length must not share a box.
-        "name": f"{place + 1}. {html.escape(short_name, quote=False)}",
+        "name": f"{place + 1}. {short_name}",
         "x": spaced(row.measurement),
         "boxpoints": "outliers",
         "marker": {"color": COLOURS[place % len(COLOURS)], "size": 3},
         "line": {"width": 1.5},
     }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= NAME else f"{text[: NAME - 1]}…"
 
 
 def spaced(measurement: Measurement) -> list[float]:
