@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -54,6 +56,33 @@ def holders() -> Iterator[list[Holder]]:
     yield made
     for holder in made:
         holder.end()
+
+
+PARENT = """
+import subprocess, sys
+from pathlib import Path
+from vitedge.bench.host_lock import held_files, working
+with working("timing", print, Path(sys.argv[2])):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=held_files())
+    print(child.pid, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_the_host_is_held_until_the_worker_of_a_killed_holder_is_gone(
+    tmp_path: Path, holders: list[Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "HOLDER", PARENT)
+    holders.append(Holder("timing", tmp_path))
+    worker = int(holders[0].says())
+    monkeypatch.undo()
+    os.kill(worker, signal.SIGSTOP)  # it would end with what it reads, which its parent holds open
+    holders[0].process.kill()
+    holders[0].process.wait()
+    holders.append(Holder("build", tmp_path))
+    assert holders[1].says().startswith("waits: ")
+    os.kill(worker, signal.SIGKILL)
+    assert holders[1].says() == "holds"
 
 
 @pytest.mark.parametrize(("first", "second"), [("build", "timing"), ("timing", "build"), ("timing", "timing")])

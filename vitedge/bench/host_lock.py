@@ -67,6 +67,15 @@ def working(kind: Kind, on_wait: Callable[[str], None], folder: Path | None = No
             _take(file, outer[1], on_wait, path)
 
 
+def held_files() -> tuple[int, ...]:
+    """What a process that is started for the work at hand must inherit: the lock then lasts as long as it lives.
+
+    Who times may be killed while its worker is at it; the next one must not time beside that.
+    """
+    held = _held.get()
+    return () if held is None else (held[0],)
+
+
 def _take(file: int, kind: Kind, on_wait: Callable[[str], None], path: Path) -> None:
     """Lock the file in the place of what it is locked with; the kernel lets go of that first."""
     try:

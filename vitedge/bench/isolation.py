@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import vitedge.errors
+from vitedge.bench.host_lock import held_files
 from vitedge.bench.records import Row
 from vitedge.bench.timing import TimingSettings
 from vitedge.bench.worker import PREFIX
@@ -80,6 +81,7 @@ def run_worker(request: dict[str, Any], row: Row, progress: Progress = silent, s
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
+            pass_fds=held_files(),
         )
         try:
             answer = _converse(process, request, progress, silence_s)
