@@ -35,7 +35,7 @@ from vitedge.stage import StagePlan, artifact_name, decide, estimate_seconds, ti
 from vitedge.train.watch import CURVES, METRICS, TENSORBOARD
 
 # Raised when a stage's output changes though its inputs do not.
-STAGE_VERSIONS = {"checkpoint": 2, "export": 6, "quantize": 2}
+STAGE_VERSIONS = {"checkpoint": 2, "export": 7, "quantize": 2}
 WORK = ".work"
 FLOAT = "checkpoint.float.safetensors"
 TRAINING_FILES = ("checkpoint.last.safetensors", FLOAT, METRICS, CURVES)

@@ -317,6 +317,9 @@ def test_the_file_holds_each_matrix_once_and_answers_alike(token: bool, tmp_path
     for runtime in ("onnxruntime", "openvino"):
         found_BC = run_in(runtime, path, x_BCHW.numpy())
         np.testing.assert_allclose(found_BC, expected_BC, rtol=0, atol=1e-4 * np.abs(expected_BC).max())
+    stored = sum(a.size for a in float_matrices(proto))
+    run_passes(proto, ["fix_batch"], {INPUT: x_BCHW[:1].numpy()})  # the twin with a fixed batch has no more of them
+    assert sum(a.size for a in float_matrices(proto)) == stored
 
 
 def test_a_large_matrix_is_in_the_file_once_too() -> None:

@@ -20,6 +20,8 @@ TOLERANCE = 1e-5
 _FOLDED_ELEMENTS = 65_536  # a constant larger than this costs more file than its node costs time
 # Of a weight in few bits these make one in many, which is neither small any more nor multiplied as integers.
 _WIDENING, _WIDENED_ELEMENTS = ("Cast", "DequantizeLinear"), 64
+# What these make of a weight is stored already, and would then be there twice (`share_transposed`).
+_MOVING, _MOVED_ELEMENTS = ("Transpose", "Reshape", "Slice"), 255
 
 
 def apply(model: onnx.ModelProto, batch_size: int = 1) -> PassResult:
@@ -112,7 +114,7 @@ def _value(
     else:
         if any(attr.HasField("g") for attr in node.attribute) or node.op_type.startswith("Random"):
             return None
-        limit = _WIDENED_ELEMENTS if node.op_type in _WIDENING else _FOLDED_ELEMENTS
+        limit = _WIDENED_ELEMENTS if node.op_type in _WIDENING else _MOVED_ELEMENTS if node.op_type in _MOVING else _FOLDED_ELEMENTS
         if int(np.prod(shapes.get(node.output[0], (limit + 1,)))) > limit:
             return None
         known = {}
