@@ -103,7 +103,7 @@ def test_labels_are_text_wherever_they_stand(text: str, page: Page):
     assert text.count("</script>") == len(page.all("script")) == 4
     (figures,) = [body for body, attrs in zip(page.inside["script"], page.all("script"), strict=True) if attrs.get("id") == "figures"]
     names = [trace["name"] for figure in json.loads(figures) for trace in figure["traces"]]
-    assert "untouched" in names and not any("<" in name for name in names)
+    assert "untouched" in names and not any("<" in name.replace("<br>", "") for name in names)  # the one tag is ours
 
 
 def test_tables_have_heads_that_sort_and_rows_that_filter(page: Page):
