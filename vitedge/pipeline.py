@@ -43,11 +43,7 @@ Bar = Callable[[str], Progress]
 
 
 def find_weights(recipe: Recipe, option: str | None) -> WeightsSource:
-    """What a recipe's model starts from; `option` is `--weights`.
-
-    Raises:
-        UsageError: It is not there.
-    """
+    """What a recipe's model starts from; `option` is `--weights`. Raises as `locate`."""
     return locate(recipe.model.weights, recipe.model.arch, option)
 
 

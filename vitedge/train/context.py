@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -54,3 +55,26 @@ def _untouched(meta: CheckpointMeta) -> nn.Module:
     """The architecture with random weights; torch's random numbers stay as they were."""
     with torch.random.fork_rng(devices=[]):
         return meta.create()
+
+
+def refuse_untaught(steps: Sequence[tuple[str, Any]], index: int, name: str, ended: Sequence[str]) -> None:
+    """A technique that takes what another one left to be trained needs a `train` step in between.
+
+    Args:
+        steps: The recipe's.
+        index: Of the technique among them.
+        name: The technique's.
+        ended: Techniques that are over with it.
+
+    Raises:
+        UsageError: There is none.
+    """
+    for other in ended:
+        began = max(i for i, (earlier, _) in enumerate(steps[:index]) if earlier == other)
+        if not any(isinstance(config, TrainConfig) for _, config in steps[began:index]):
+            raise UsageError(
+                f"steps.{index}",
+                expected=f"a `train` step between `{other}` and `{name}`, which takes what it taught",
+                found="none",
+                fix="put one there",
+            )

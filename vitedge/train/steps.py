@@ -11,7 +11,7 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
 from vitedge.train.augment import Batches
-from vitedge.train.context import technique_context
+from vitedge.train.context import refuse_untaught, technique_context
 from vitedge.train.job import Log, TrainJob
 from vitedge.train.loop import train
 from vitedge.train.processes import Processes
@@ -137,27 +137,11 @@ class _Steps:
                     found="none",
                     fix="move it before `train`",
                 )
-            self.refuse_untaught(index, name, compressed.ends)
+            refuse_untaught(self.job.recipe.steps, index, name, compressed.ends)
             self.model = compressed.model
             self.active = with_technique(self.active, name, compressed)
             record = compressed.notes
         self.notes.append({name: record})
-
-    def refuse_untaught(self, index: int, name: str, ended: Sequence[str]) -> None:
-        """A step that takes what another one left to be trained needs a `train` step in between.
-
-        Raises:
-            UsageError: There is none.
-        """
-        for other in ended:
-            began = max(i for i, (earlier, _) in enumerate(self.job.recipe.steps[:index]) if earlier == other)
-            if not any(isinstance(config, TrainConfig) for _, config in self.job.recipe.steps[began:index]):
-                raise UsageError(
-                    f"steps.{index}",
-                    expected=f"a `train` step between `{other}` and `{name}`, which takes what it taught",
-                    found="none",
-                    fix="put one there",
-                )
 
     def key(self, index: int) -> str:
         """Identity of a step. What comes after it, and how often it is saved, change nothing about it."""
