@@ -135,7 +135,9 @@ def test_a_row_is_what_its_folder_holds_and_not_what_was_done_there_once(finishe
     after = run(plan_of(study, tmp_path / "out", **only), said)["Tiny / int8"]["artifacts"]
     assert before == after != between and "Tiny / int8 on board: begun" in said
     shutil.rmtree(tmp_path / "out" / "builds" / "tiny-int8")
-    assert run(plan_of(study, tmp_path / "out", **only))["Tiny / int8"]["artifacts"] == before
+    shutil.rmtree(tmp_path / "out" / "measurements")
+    row = run(plan_of(study, tmp_path / "out", **only))["Tiny / int8"]
+    assert row["artifacts"] == before and row["measurements"]
 
 
 @pytest.mark.slow

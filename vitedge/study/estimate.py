@@ -51,8 +51,7 @@ def estimate_task(plan: Plan, task: Task) -> Estimate:
         manifest = Manifest.load(root)
         seconds = sum(float(record["seconds"]) for record in manifest.stages.values())
         return Estimate(seconds, sum(artifact.size_bytes for artifact in manifest.artifacts.values()) / 2**20, True)
-    training, rest = _split(task)
-    return Estimate(training + rest, _mib(task), False)
+    return Estimate(_seconds(task), _mib(task), False)
 
 
 def fitted(spec: StudySpec, folder: Path, options: Options) -> Options:
@@ -76,15 +75,16 @@ def fitted(spec: StudySpec, folder: Path, options: Options) -> Options:
 def _seconds_from_nothing(plan: Plan) -> float:
     """Of a whole study on the devices that are here, nothing of it built."""
     unavailable = find_unavailable(plan)
-    building = sum(sum(_split(task)) for task in plan.tasks if task.device not in unavailable)
+    building = sum(_seconds(task) for task in plan.tasks if task.device not in unavailable)
     return building + sum(estimate_measuring(plan, device) for _, device in plan.devices if device.name not in unavailable)
 
 
-def _split(task: Task) -> tuple[float, float]:
-    """Seconds of training, and of everything else; a build that takes over another's checkpoint trains nothing."""
+def _seconds(task: Task) -> float:
+    """Of a task of which nothing is there; one that takes over another's checkpoint trains nothing."""
     training = build_seconds(task.recipe, CHECKPOINT_STAGE)
-    rest = 0.0 if task.shared else build_seconds(task.recipe) - training
-    return (0.0 if task.source else training), rest
+    if task.shared:
+        return training
+    return build_seconds(task.recipe) - (training if task.source else 0.0)
 
 
 def _mib(task: Task) -> float | None:

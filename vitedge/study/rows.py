@@ -11,6 +11,7 @@ from typing import Any
 from vitedge.artifact import MANIFEST, Artifact, Manifest, read_json, saying_where, write_json, writing
 from vitedge.bench.host_lock import working
 from vitedge.device import Device
+from vitedge.errors import InputError
 from vitedge.pipeline import Bar, Pipeline
 from vitedge.study.folder_lock import held
 from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
@@ -53,15 +54,11 @@ def build_task(plan: Plan, task: Task, data: str | None, say: Callable[[str], No
 
 
 def is_built(plan: Plan, task: Task) -> bool:
-    """Whether the task's folder holds what it was done for; another version of the row may have been built there since, or nothing be left.
-
-    Raises:
-        InputError: The note in the folder is damaged.
-    """
-    path = plan.root(task) / STAMP
-    if not path.is_file():
+    """Whether the task's folder holds what it was done for: another version may have been built there since, or nothing is left."""
+    try:
+        content = read_json(plan.root(task) / STAMP)
+    except InputError:  # gone, or damaged: what is there is reused, and the note written anew
         return False
-    content = read_json(path)
     return isinstance(content, dict) and content.get("key") == task.key
 
 

@@ -20,7 +20,7 @@ from vitedge.errors import OutputError, UsageError, VitedgeError, WorkerError
 from vitedge.pipeline import Bar
 from vitedge.study.available import require_one
 from vitedge.study.estimate import estimate_measuring, estimate_task
-from vitedge.study.measure import Built, find_built, measure_device, measure_key
+from vitedge.study.measure import Built, find_built, measure_device, measure_key, measurements_file
 from vitedge.study.origins import find_origins
 from vitedge.study.plan import Plan, Task
 from vitedge.study.queue import Claim, Queue, State
@@ -106,6 +106,7 @@ class _Worker:
         self.pace: list[tuple[float, float]] = []  # seconds estimated and taken, of what this worker did
         self.estimates = {task.key: estimate_task(plan, task).seconds for task in plan.tasks}
         self.told_of_waiting = False
+        self.looked_for: set[str] = set()
 
     def put_in(self, again: bool) -> None:
         """Every task that is not in yet, what failed where it is to be tried again, and what was done and whose folder has none of it."""
@@ -120,7 +121,9 @@ class _Worker:
         while True:
             states = self.queue.refresh(self.names)
             measuring = self.measuring(states)
-            states = self.queue.refresh({key: f"measuring {device.name}" for (_, device), key in measuring}) if measuring else states
+            if measuring:
+                names = {key: f"measuring {device.name}" for (_, device), key in measuring}
+                states = self.queue.refresh(names, gone=self.lost(measuring))
             if self._take_one(states, measuring):
                 self.told_of_waiting = False
                 continue
@@ -131,6 +134,12 @@ class _Worker:
                 self.say(f"nothing to take up; waiting for {len(under_way)} under way in other processes")
                 self.told_of_waiting = True
             time.sleep(POLL_S)
+
+    def lost(self, measuring: list[tuple[tuple[str, Device], str]]) -> set[str]:
+        """Of these keys those whose figures are not in the folder; each is looked for once, lest workers without a common folder never end."""
+        new = [(device, key) for (_, device), key in measuring if key not in self.looked_for]
+        self.looked_for |= {key for _, key in new}
+        return {key for device, key in new if not measurements_file(self.plan, device, key).is_file()}
 
     def measuring(self, states: Mapping[str, State]) -> list[tuple[tuple[str, Device], str]]:
         """The devices here whose rows are all built or failed, each with the key of measuring what was built."""
