@@ -136,7 +136,7 @@ class _Worker:
             time.sleep(POLL_S)
 
     def lost(self, measuring: list[tuple[tuple[str, Device], str]]) -> set[str]:
-        """Of these keys those whose figures are not in the folder; each is looked for once, lest workers without a common folder never end."""
+        """Of these keys those without figures in the folder; each is looked for once, lest workers without a common folder never end."""
         new = [(device, key) for (_, device), key in measuring if key not in self.looked_for]
         self.looked_for |= {key for _, key in new}
         return {key for device, key in new if not measurements_file(self.plan, device, key).is_file()}
