@@ -22,7 +22,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
-# Trains and measures on real data; needs VITEDGE_DATA and VITEDGE_WEIGHTS, took 7 minutes on two cores.
+# Trains and measures on real data; needs VITEDGE_DATA and VITEDGE_WEIGHTS.
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 7200
 

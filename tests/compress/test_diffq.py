@@ -348,6 +348,12 @@ def test_what_cannot_be_done_is_refused() -> None:
         recipe_from_plain({"name": "x", "steps": [{"diffq": {"max_bits": 4}}, "train"]}, "x.yaml")
 
 
+def test_widths_that_only_a_penalty_shrinks_are_those_of_the_last_step() -> None:
+    """With a target every top-1 on the way is one at that size; without, the best would be that of the widest."""
+    for config, keeps_last in ((Config(min_elements=1), True), (Config(min_elements=1, target_mib=0.02), False)):
+        assert diffq.apply(made.student(), config, made.context(Path("builds"))).keeps_last == keeps_last
+
+
 def test_weights_left_out_stay_as_they_are() -> None:
     before = made.student(False).state_dict()
     model, compressed = prepared(Config(exclude=("blocks.0.*",)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.report.made import BF16, FP32, INT8, NASTY, made_table, row, study, write_bench, write_study
-from vitedge.report.curves import MANY, read_curves
+from vitedge.report.curves import ALL, MANY, read_curves
 from vitedge.report.figures import DRAWN_SAMPLES, figures, front, latencies, pareto_size, pareto_speed, spaced
 from vitedge.report.pictures import BUDGET, WIDTH, load_pictures
 
@@ -89,6 +89,13 @@ def test_curves_go_over_all_stages_and_end_where_the_training_ended(tmp_path: Pa
     assert len(loss.steps) <= MANY + 1
     (top1,), _ = read_curves([build], "validation_top1")
     assert (top1.steps, top1.values) == ((800,), (88.5,))
+
+
+def test_many_curves_share_what_a_page_carries(tmp_path: Path):
+    builds = [write_metrics(tmp_path / f"tiny{index}", 200) for index in range(60)]
+    curves, _ = read_curves(builds, "loss")
+    assert len(curves) == 60 and all(len(curve.steps) <= ALL // 60 + 1 and curve.steps[-1] == 400 for curve in curves)
+    assert all(value == float(f"{value:.5g}") for curve in curves for value in curve.values)
 
 
 def test_damaged_metrics_are_a_line_and_no_curve(tmp_path: Path):

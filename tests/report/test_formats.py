@@ -81,6 +81,13 @@ def test_csv_keeps_commas_quotes_and_lines(tmp_path: Path):
     assert next(csv.DictReader(io.StringIO(render("csv", table))))["label"] == 'a, "b"\nc'
 
 
+def test_csv_has_no_text_that_a_spreadsheet_would_run(tmp_path: Path):
+    labels = ['=HYPERLINK("http://x")', "@sum", "+1", "-1", "plain"]
+    table = made_table(write_study(tmp_path, study(rows=[row(label, [FP32]) for label in labels], baseline="plain")))
+    found = [line["label"] for line in csv.DictReader(io.StringIO(render("csv", table)))]
+    assert found == [*(f"'{label}" for label in labels[:4]), "plain"]
+
+
 def test_json_has_the_columns_of_the_csv_and_says_what_they_are(small: Table):
     content = json.loads(render("json", small))
     assert content["schema_version"] == 1

@@ -23,10 +23,10 @@ def place_names(rows: Sequence[Row]) -> dict[Place, str]:
     for row in measured:
         firsts.setdefault(place_of(row), row)
     devices = [row.device for row in firsts.values()]
+    emulated = {place_of(row) for row in measured if row.measurement and row.measurement.emulated}
     names: dict[Place, str] = {}
     for place, row in firsts.items():
-        emulated = any(other.measurement and other.measurement.emulated for other in measured if place_of(other) == place)
-        name = f"{row.device}{' (emulated)' if emulated else ''}"
+        name = f"{row.device}{' (emulated)' if place in emulated else ''}"
         if devices.count(row.device) > 1:
             name = f"{name} on {_host(row)}"
         names[place] = name if name not in names.values() else f"{name}, host {len(names) + 1}"

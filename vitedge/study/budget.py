@@ -23,7 +23,7 @@ class Budget:
 
     Attributes:
         share: Of the training steps, calibration images, guard minutes and test images; above 0, at most 1.
-        minutes: In the place of a share: about how long the work may take; `within` makes a share of it.
+        minutes: In the place of a share: about how long the work may take; `estimate.fitted` makes a share of it.
     """
 
     share: float = 1.0
@@ -53,34 +53,15 @@ class Budget:
     @property
     def label(self) -> str:
         """What every figure made so is marked with; empty where all of the work is done."""
-        if self.minutes is not None:
-            return f"cut to {self.minutes:g} minutes"
         return "" if self.share == 1 else f"{100 * self.share:.3g} % of the steps"
 
     @property
     def samples(self) -> int | None:
         """Test images that top-1 is measured on, at random; None for all."""
-        if self.minutes is not None:
-            return 2 * MIN_SAMPLES
         return None if self.share == 1 else max(MIN_SAMPLES, round(self.share * TEST_IMAGES))
 
-    def within(self, seconds: float) -> Budget:
-        """The share that fits, where all of the work takes about so long; a budget that is a share already stays.
-
-        Args:
-            seconds: Estimate for the whole, s.
-        """
-        if self.minutes is None:
-            return self
-        return Budget(min(1.0, max(0.001, round(60 * self.minutes / max(seconds, 1e-9), 4))))
-
     def apply(self, recipe: Recipe) -> tuple[Recipe, str]:
-        """The recipe with less to do, and the label of what it makes.
-
-        A budget in minutes that was not spread over a study yet is spread over this recipe alone.
-        """
-        if self.minutes is not None:
-            return self.within(build_seconds(recipe)).apply(recipe)
+        """The recipe with less to do, and the label of what it makes."""
         if self.share == 1:
             return recipe, ""
         steps = tuple((name, self._shorter(config)) for name, config in recipe.steps)

@@ -131,6 +131,7 @@ def make_plan(spec: StudySpec, folder: Path, options: Options) -> Plan:
     devices = tuple((asked, load_device(asked)) for asked in dict.fromkeys(options.devices or spec.devices))
     _check_names(devices)
     budget = options.budget
+    assert budget.minutes is None
     tasks = _Resolver(spec, folder, devices, options).tasks()
     samples = min((count for count in (spec.measure.samples, budget.samples) if count is not None), default=None)
     return Plan(spec, folder, devices, tuple(tasks), options.data, options.weights, budget, samples, bool(options.only))
