@@ -1,6 +1,6 @@
 """Attention values after softmax, and what 4 bits keep of them: a uniform grid against powers of two.
 
-Seed 000, section 3.1.2 and Figure 1 (right), after Lin et al. 2021 (FQ-ViT). The uniform grid has 16 levels from 0 to the highest
+Luo et al., section 3.1.2 and Figure 1 (right), after Lin et al. 2021 (FQ-ViT). The uniform grid has 16 levels from 0 to the highest
 value seen, which is the best that min-max calibration can do: `s = max A / 15`, and A is lost (becomes 0) where A / s rounds to 0.
 The log2 grid is `clamp(round(-log2 A), 0, 15)`: A is lost where that exponent goes beyond 15, below 2^-15.5, which the published
 implementation sets to 0 (the clamp alone would hold it at 2^-15).

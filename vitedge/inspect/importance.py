@@ -1,6 +1,6 @@
 """How important the units were that pruning kept and removed: weights by score, as the notes of a build's checkpoint keep them.
 
-Seed 000's Figure 3, number of parameters against importance score, for each kind of unit of each step that scored them.
+Luo et al.'s Figure 3, number of parameters against importance score, for each kind of unit of each step that scored them.
 Shapes: N bins of a histogram.
 """
 

@@ -1,6 +1,6 @@
 """Pictures of an inspection, 1,000 px wide: LayerNorm inputs, attention on 4-bit grids, SQNR along the network, scores of pruned units.
 
-The first two are Figure 1 of seed 000 for this model, the last is its Figure 3. Told apart by marker, line style and hatching as well
+The first two are Figure 1 of Luo et al. for this model, the last is its Figure 3. Told apart by marker, line style and hatching as well
 as by colour, in the palette of Okabe and Ito (2008), for readers without colour vision; drawn on a canvas of its own, without a display.
 """
 

@@ -1,6 +1,6 @@
 """Range of each channel of a LayerNorm's input: what a scale common to all channels has to cover.
 
-Seed 000, section 3.1.2 and Figure 1 (left), after Lin et al. 2021 (FQ-ViT): a few channels reach tens of times further than the
+Luo et al., section 3.1.2 and Figure 1 (left), after Lin et al. 2021 (FQ-ViT): a few channels reach tens of times further than the
 median one, so with one scale for the layer the others keep only a few of its levels.
 """
 
