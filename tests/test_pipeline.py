@@ -182,3 +182,29 @@ def test_a_folder_with_other_files_is_kept(tmp_path: Path, colours: Path, capsys
     assert run(["export", "--recipe", str(recipe), "-o", str(tmp_path / "mine")]) == 2
     assert "expected an empty folder or one that vitedge built" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "mine").iterdir() if path.name != ".lock"] == ["thesis.txt"]
+
+
+def test_files_of_older_weights_go_with_them(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or they would be measured against the new ones, and shipped in their place."""
+    schemes, train = ["onnxruntime.int8_dynamic", "onnxruntime.int8_weights"], {"steps": 2, "precision": "fp32"}
+    out = tmp_path / "out"
+    export("--recipe", write_recipe(tmp_path, colours, quantize={"schemes": schemes}, steps=[{"train": train}]), "-o", out, capsys=capsys)
+    fewer = write_recipe(tmp_path, colours, quantize={"schemes": schemes[:1]}, steps=[{"train": train}])
+    export("--recipe", fewer, "-o", out, capsys=capsys)
+    assert "model.int8_weights.onnx" in Manifest.load(out).artifacts, "of the same weights: it may stay"
+    other = write_recipe(tmp_path, colours, quantize={"schemes": schemes[:1]}, steps=[{"train": train}], seed=1)
+    export("--recipe", other, "-o", out, capsys=capsys)
+    left = Manifest.load(out)
+    assert "model.int8_weights.onnx" not in left.artifacts and not (out / "model.int8_weights.onnx").exists()
+    assert "quantize onnxruntime.int8_weights" not in left.stages
+    assert {a.parent for a in left.artifacts.values()} <= {"", *(a.sha256 for a in left.artifacts.values())}
+
+
+def test_overwrite_mends_a_damaged_manifest(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(tmp_path, colours, quantize={}, steps=[{"train": {"steps": 2, "precision": "fp32"}}])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text('{"schema_version": 0}')
+    assert run(["export", "--recipe", str(recipe), "-o", str(tmp_path / "out")]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    export("--recipe", recipe, "-o", tmp_path / "out", "--overwrite", capsys=capsys)
+    assert "model.fp32.onnx" in Manifest.load(tmp_path / "out").artifacts

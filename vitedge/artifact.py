@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,44 @@ class Manifest:
             raise InputError(
                 str(path), expected=f"a manifest of version {SCHEMA_VERSION}", found=f"{error}", fix="export again with --overwrite"
             ) from error
+
+    @classmethod
+    def readable(cls, root: Path) -> Manifest:
+        """`load`, with an empty one in the place of one that cannot be read: everything is then built anew."""
+        try:
+            return cls.load(root)
+        except InputError:
+            return cls(root)
+
+    def record(self, stage: str, record: dict[str, Any], artifacts: Sequence[Artifact]) -> None:
+        """Note what a stage made, and drop what it made before and what was made of that.
+
+        A file of older weights beside newer ones would be measured against them, and shipped in their place.
+
+        Args:
+            stage: The stage's name.
+            record: What the manifest keeps of it; `outputs` is filled in.
+            artifacts: What it made.
+        """
+        made = {artifact.name: artifact for artifact in artifacts}
+        self._drop([name for name in self.stages.get(stage, {}).get("outputs", ()) if name not in made])
+        self.artifacts |= made
+        self.stages[stage] = {**record, "outputs": list(made)}
+        while orphans := self._orphans():
+            self._drop(orphans)
+
+    def _orphans(self) -> list[str]:
+        here = {artifact.sha256 for artifact in self.artifacts.values()}
+        return [name for name, artifact in self.artifacts.items() if artifact.parent and artifact.parent not in here]
+
+    def _drop(self, names: Sequence[str]) -> None:
+        kept = {path for name, artifact in self.artifacts.items() if name not in names for path in artifact.files}
+        for name in names:
+            artifact = self.artifacts.pop(name, None)
+            for path in artifact.files if artifact else ():
+                if path not in kept:
+                    path.unlink(missing_ok=True)
+        self.stages = {stage: record for stage, record in self.stages.items() if not set(record.get("outputs", ())) & set(names)}
 
     def save(self) -> None:
         """Write the manifest whole or not at all."""

@@ -75,7 +75,7 @@ class Pipeline:
     ) -> None:
         self.recipe, self.device, self.root = recipe, device, root
         self.data_option, self.weights_option, self.tensorboard = data_option, weights_option, tensorboard
-        self.manifest = Manifest.load(root)
+        self.manifest = Manifest.readable(root) if overwrite else Manifest.load(root)
         if root.exists() and not root.is_dir():
             raise UsageError(str(root), expected="a folder to build in", found="a file", fix="choose another folder with -o")
         ours = (root / MANIFEST).exists() or (root / "recipe.yaml").exists()
@@ -167,15 +167,9 @@ class Pipeline:
             artifacts, notes = self._run_stage(plan, bar)
             if not launch.is_main():
                 continue
-            for artifact in artifacts:
-                self.manifest.artifacts[artifact.name] = artifact
-            inputs = self._inputs_now(plan)
-            self.manifest.stages[plan.name] = {
-                "inputs": inputs,
-                "outputs": [a.name for a in artifacts],
-                "seconds": round(time.monotonic() - began, 1),
-                "notes": notes,
-            }
+            record = {"seconds": round(time.monotonic() - began, 1), "notes": notes}
+            self.manifest.record(plan.name, record, artifacts)
+            self.manifest.stages[plan.name]["inputs"] = self._inputs_now(plan)  # which are of what is there now
             self.manifest.save()
         return self.manifest
 

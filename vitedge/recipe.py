@@ -209,6 +209,11 @@ class Recipe(Section):
         """Whether there is a `train` step."""
         return any(isinstance(config, TrainConfig) for _, config in self.steps)
 
+    @property
+    def ends_in_training(self) -> bool:
+        """Whether nothing is done to the model after its last `train` step."""
+        return bool(self.steps) and isinstance(self.steps[-1][1], TrainConfig)
+
     def contract(self) -> Preprocessing:
         """The preprocessing contract every stage of this recipe uses."""
         return self.preprocess.contract(self.model.side)

@@ -47,7 +47,8 @@ def decide(manifest: Manifest, stage: str, inputs: dict[str, Any], outputs: list
     seconds = float(record["seconds"])
     if after:
         return StagePlan(stage, "run", f"{after} is made anew", inputs, seconds)
-    changed = [f"{name} changed" for name in inputs if record["inputs"].get(name) != inputs[name]]
+    # An input that is no longer asked for, a guard for one, is a change as well.
+    changed = [f"{name} changed" for name in inputs | record["inputs"] if record["inputs"].get(name) != inputs.get(name)]
     if changed:
         return StagePlan(stage, "run", ", ".join(changed), inputs, seconds)
     for name in outputs:

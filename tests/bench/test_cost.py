@@ -148,3 +148,10 @@ def test_a_packed_checkpoint_is_not_counted_by_its_bytes_and_statistics_are_no_w
     safetensors.save_file({**tensors, "layer.packed": np.zeros(100, np.uint8)}, path)
     cost = count_cost(Artifact("model", "checkpoint", "lsq", (path,), "", path.stat().st_size))
     assert cost.params is None and "packed integers" in cost.reason
+
+
+@pytest.mark.parametrize("op", ["Attention", "MultiHeadAttention"])
+def test_fused_attention_is_not_counted_as_nothing(op: str):
+    model = one_node(op, {"x": (1, 5, 12), "y": (1, 5, 12), "z": (1, 5, 12)}, {}, "com.microsoft", num_heads=2)
+    cost = count_onnx(model)
+    assert cost.macs is None and op in cost.reason

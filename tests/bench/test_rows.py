@@ -76,7 +76,7 @@ def test_file_of_a_format_nothing_opens_is_listed(tmp_path: Path):
 def test_every_build_folder_without_twins(tmp_path: Path):
     make_build(tmp_path / "build" / "one")
     make_build(tmp_path / "build" / "two")
-    candidates, skipped = find_candidates([], tmp_path / "build")
+    candidates, skipped, _ = find_candidates([], tmp_path / "build")
     names = [(one.folder.name, one.artifact.name) for one in candidates if one.folder]
     assert names == [(f, n) for f in ("one", "two") for n in ("model.fp32.onnx", "model.int8_dynamic.onnx")]
     assert skipped == []
@@ -84,7 +84,7 @@ def test_every_build_folder_without_twins(tmp_path: Path):
 
 def test_named_twin_is_measured_and_keeps_its_manifest(tmp_path: Path):
     root = make_build(tmp_path / "one")
-    candidates, _ = find_candidates([root / "model.fp32.batch1.onnx", root / "model.int8_dynamic.onnx"], tmp_path)
+    candidates, _, _ = find_candidates([root / "model.fp32.batch1.onnx", root / "model.int8_dynamic.onnx"], tmp_path)
     assert [one.artifact.recipe for one in candidates] == ["one", "one"]
     assert candidates[1].artifact.notes == {"library": "onnxruntime"}
     assert {one.folder for one in candidates} == {root}
@@ -92,7 +92,7 @@ def test_named_twin_is_measured_and_keeps_its_manifest(tmp_path: Path):
 
 def test_the_same_file_twice_is_one_row(tmp_path: Path):
     root = make_build(tmp_path / "one")
-    candidates, _ = find_candidates([root, root / "model.fp32.onnx", root / "model.fp32.onnx"], tmp_path)
+    candidates, _, _ = find_candidates([root, root / "model.fp32.onnx", root / "model.fp32.onnx"], tmp_path)
     assert len(candidates) == 2
 
 
@@ -101,11 +101,13 @@ def test_missing_and_changed_files_are_listed(tmp_path: Path):
     (root / "model.fp32.onnx").unlink()
     with (root / "model.int8_dynamic.onnx").open("ab") as stream:
         stream.write(b"x")
-    candidates, skipped = find_candidates([root], tmp_path)
+    candidates, skipped, errors = find_candidates([root], tmp_path)
     assert candidates == []
     assert ["missing" in one.reason for one in skipped] == [True, False]
     assert "changed since it was built" in skipped[1].reason
     assert all(one.failed for one in skipped)
+    assert [error.exit_code for error in errors] == [1, 1]
+    assert "export again" in str(errors[0])
 
 
 def test_nothing_built_names_the_export_command(tmp_path: Path):

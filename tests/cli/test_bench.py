@@ -181,3 +181,31 @@ def test_help_loads_no_engine_and_stdout_is_json_in_a_real_process(tmp_path: Pat
     done = subprocess.run([sys.executable, "-m", "vitedge", *asked], capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["measurements"][0]["artifact"] == "m.onnx"
+
+
+def test_what_cannot_be_kept_is_printed_all_the_same(tmp_path: Path, board: list[str], capsys: pytest.CaptureFixture[str]):
+    root = make_build(tmp_path / "build" / "tiny")
+    (root / "report.json").write_text("{")
+    assert run(["bench", *board, *QUICK, "--no-top1", "--batch-size", "1", "--json", "-o", "out.json"]) == 1
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)["measurements"]) == 2 and json.loads(Path("out.json").read_text())
+    assert "error: not kept: " in captured.err and "report.json" in captured.err
+    assert (root / "report.json").read_text() == "{"
+
+
+def test_a_damaged_file_is_the_commands_error(tmp_path: Path, board: list[str], capsys: pytest.CaptureFixture[str]):
+    root = make_build(tmp_path / "build" / "tiny")
+    (root / "model.int8_dynamic.onnx").unlink()
+    assert run(["bench", *board, *QUICK, "--no-top1", "--batch-size", "1", "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert [m["artifact"] for m in printed["measurements"]] == ["model.fp32.onnx"] and printed["skipped"][0]["failed"]
+    (root / "model.fp32.onnx").write_bytes(b"other")
+    code, line = failing(capsys, [*board, *QUICK, "--json"])
+    assert code == 1 and "export again" in line, line
+
+
+def test_data_may_be_a_folder_of_data_sets(tmp_path: Path, board: list[str], capsys: pytest.CaptureFixture[str]):
+    images = make_images(tmp_path / "sets" / "insects")
+    make_build(tmp_path / "build" / "tiny", data=Path("insects"))
+    assert run(["bench", *board, *QUICK, "--batch-size", "1", "--data", str(images.parent), "--json"]) == 0
+    assert all(m["top1"] is not None for m in json.loads(capsys.readouterr().out)["measurements"])

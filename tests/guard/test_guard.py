@@ -260,6 +260,8 @@ def test_a_recipe_is_guarded_and_its_settings_are_part_of_the_key(
     assert {action for action, _ in stages().values()} == {"reuse"}
     guarded_recipe(tmp_path, colours, images=20)
     assert stages()["quantize onnxruntime.int8_static"] == ("run", "guard changed")
+    write_recipe(tmp_path, colours, steps=[], quantize={"calibration": {"images": 16}, "schemes": ["onnxruntime.int8_static"]})
+    assert stages()["quantize onnxruntime.int8_static"] == ("run", "guard changed"), "without a guard no layer stays in float for it"
     assert [action for action, _ in stages().values()] == ["reuse", "reuse", "run"]
 
 

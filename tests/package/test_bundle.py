@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from vitedge.package.bundle import Bundle, package
 from vitedge.package.ports import read_ports
 from vitedge.package.verify import verify
 from vitedge.preprocess import Preprocessing
+from vitedge.runtimes import Target
+from vitedge.runtimes.onnxruntime import providers
 
 
 def make(build: Path, profile: Path, output: Path, **options: Any) -> Bundle:
@@ -270,3 +273,29 @@ def test_a_full_disk_leaves_nothing(build: Path, profile: Path, tmp_path: Path, 
     with pytest.raises(OutputError, match="free some space"):
         make(build, profile, tmp_path / "a.zip")
     assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_a_file_that_a_technique_quantized_is_shipped_unmeasured_too(tmp_path: Path, profile: Path) -> None:
+    root = make_build(tmp_path / "tiny", rows=[])
+    manifest = Manifest.load(root)
+    manifest.artifacts["model.fp32.onnx"] = replace(manifest.artifacts["model.fp32.onnx"], notes={"library": "vitedge"})
+    manifest.save()
+    assert make(root, profile, tmp_path / "a.zip", artifact_name="model.fp32.onnx").manifest.runtime == "onnxruntime"
+
+
+def test_what_auto_chose_is_what_is_shipped(build: Path, tmp_path: Path) -> None:
+    fp32 = Manifest.load(build).artifacts["model.fp32.onnx"]
+    board = write_profile(tmp_path / "board.yaml", runtimes=[{"runtime": "openvino", "provider": "AUTO", "precisions": ["fp32"]}])
+    write_report(build, [row(fp32.name, fp32.sha256, runtime="openvino", provider="AUTO:CPU")])
+    bundle = make(build, board, tmp_path / "a.zip")
+    assert bundle.manifest.provider == "CPU" and bundle.manifest.providers == ()
+    assert verify(bundle.path).checks[-1].name == "golden"
+
+
+def test_the_bundle_runs_with_the_options_that_were_measured(build: Path, profile: Path, tmp_path: Path) -> None:
+    made = make(build, profile, tmp_path / "a.zip").manifest
+    assert made.providers == (("CPUExecutionProvider", {}),)
+    # TF32 would answer otherwise than the golden pictures; TensorRT without its option runs fp32.
+    chain = dict(providers(Target("TensorrtExecutionProvider", "fp16"), "fp32"))
+    assert list(chain) == ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert chain["TensorrtExecutionProvider"] == {"trt_fp16_enable": "1"} and chain["CUDAExecutionProvider"] == {"use_tf32": "0"}

@@ -91,3 +91,15 @@ def test_samples_are_one_line_a_round():
     assert "    [1.0, 2.5e-07, 3]," in lines
     assert "    [-4.0]" in lines
     assert '  "name": "[ 1 ]",' in lines
+
+
+def test_an_int8_file_over_fp32_and_over_bf16_are_two_rows(tmp_path: Path) -> None:
+    rows = [make_measurement("int8", precision="int8", float_precision=kind) for kind in ("fp32", "bf16")]
+    merge_report(tmp_path, rows)
+    assert sorted(plain["float_precision"] for plain in read_report(tmp_path)) == ["bf16", "fp32"]
+
+
+def test_a_row_that_lacks_what_is_known_today_stays(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({"schema_version": 1, "measurements": [{"artifact": "old"}]}))
+    merge_report(tmp_path, [make_measurement()])
+    assert [plain["artifact"] for plain in read_report(tmp_path)] == ["model.fp32.onnx", "old"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -73,3 +74,22 @@ def test_the_build_is_told_without_importing_torch() -> None:
     assert pytorch._built_for_cuda() == (torch.version.cuda is not None)
     code = "import sys; from vitedge.runtimes import pytorch as r; r.available(); r._built_for_cuda(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_model_without_a_linear_module_says_what_it_ran_in(precision: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Every layer of an LSQ checkpoint is a QuantizedLinear, which adds its float bias to a product of another type."""
+    from tests.models.test_quantized import filled
+    from vitedge.models.build import create
+    from vitedge.models.quantized import IntegerWeight, QuantizedLinear
+
+    model = create("test_vit", SIZE, 8, 4).eval()
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]:
+        parent, _, leaf = name.rpartition(".")
+        weight = filled(IntegerWeight(layer.in_features, layer.out_features, 8))
+        setattr(model.get_submodule(parent), leaf, QuantizedLinear(weight, layer.bias))
+    target = Target("cpu", precision)
+    facts = pytorch._describe(functools.partial(pytorch._forward, model, target), target, SIZE)
+    assert facts.precision == precision
+    # A patch embedding, and in each of two blocks four layers and both products of attention, and the head.
+    assert facts.node_counts["float"] == 1 + 6 * len(model.blocks) + 1

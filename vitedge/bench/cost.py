@@ -1,7 +1,8 @@
 """Weights and multiply-accumulates of a file, counted from its graph.
 
 Counted as multiply-accumulates, per image: matrix products and convolutions in every spelling, float,
-quantized or fused (the two inside attention included). Not counted: normalization, softmax,
+quantized or fused (the two inside ONNX's own Attention included). A graph with ONNX Runtime's fused attention or an
+Einsum is not counted at all. Not counted in any: normalization, softmax,
 activation functions, additions, quantizing and dequantizing, and anything inside control flow. A MAC is
 one multiplication and one addition; twice as many FLOPs.
 
@@ -23,6 +24,8 @@ from vitedge.artifact import Artifact
 if TYPE_CHECKING:
     import onnx
 
+# ONNX Runtime's own attention, whose projections are inside or whose shapes are its own, and free notation.
+_UNCOUNTED = ("MultiHeadAttention", "QAttention", "PackedAttention", "PackedMultiHeadAttention", "GroupQueryAttention", "Einsum")
 # Products of two matrices, by the positions of the left and right factor.
 _MATMULS = {
     "MatMul": (0, 1),
@@ -105,7 +108,7 @@ def count_onnx(model: onnx.ModelProto) -> Cost:
     for node in model.graph.node:
         counted = _node_macs(node, shapes)
         if counted is None:
-            return Cost(params, None, f"the shape at {node.op_type} '{node.name}' cannot be inferred")
+            return Cost(params, None, f"{node.op_type} '{node.name}' cannot be counted, or the shapes at it cannot be inferred")
         macs += counted
     return Cost(params, macs)
 
@@ -151,7 +154,9 @@ def _node_macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int 
         if attributes.get("transB") and attributes["transB"].i:
             right = (*right[:-2], right[-1], right[-2])
         return matmul_macs(left, right)
-    if node.op_type == "Attention" and node.domain in ("", "ai.onnx"):
+    if node.op_type in _UNCOUNTED or (node.op_type == "Attention" and node.domain == "com.microsoft"):
+        return None
+    if node.op_type == "Attention":
         out = shapes.get(node.input[0])
         key, value = shapes.get(node.input[1]), shapes.get(node.input[2])
         return None if out is None or key is None or value is None else _attention_macs(out, key, value, attributes)

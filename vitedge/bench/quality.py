@@ -127,7 +127,8 @@ def _key(row: Row, images: Images) -> str:
         row.artifact.sha256,
         row.artifact.preprocessing,
         [row.runtime, row.provider, row.precision, row.environment],
-        tool_versions([runtime.HEAVY, "Pillow"]),
+        # A checkpoint is run by timm's modules and by vitedge's own, whose version alone does not tell every change of them: KEY_VERSION.
+        tool_versions([runtime.HEAVY, "Pillow", *(["timm", "vitedge"] if row.artifact.format == "checkpoint" else [])]),
         # A float sum depends on the vector width, so another processor may answer otherwise.
         [platform.machine(), isa_flags()],
         [images.digest, images.split, images.samples, SAMPLE_SEED, images.spec.validation, images.spec.split_seed],

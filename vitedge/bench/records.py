@@ -197,7 +197,7 @@ class Measurement:
         return made
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, str]:
+    def key(self) -> tuple[str, ...]:
         """What a newer measurement replaces."""
         return key_of(self.to_plain())
 
@@ -210,9 +210,12 @@ def _reader() -> Any:
     return TypeAdapter(Measurement)
 
 
-def key_of(plain: dict[str, Any]) -> tuple[str, str, str, str, int, str]:
-    """`Measurement.key` of its plain data."""
-    return (plain["artifact"], plain["runtime"], plain["provider"], plain["precision"], plain["batch_size"], plain["conditions"]["device"])
+_KEY = ("artifact", "runtime", "provider", "precision", "float_precision", "batch_size")
+
+
+def key_of(plain: dict[str, Any]) -> tuple[str, ...]:
+    """`Measurement.key` of its plain data. One int8 file can be timed twice in a runtime, by what it leaves in float."""
+    return (*(str(plain.get(name)) for name in _KEY), str((plain.get("conditions") or {}).get("device")))
 
 
 @dataclass(frozen=True)

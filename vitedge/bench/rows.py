@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vitedge import plugins
 from vitedge.artifact import MANIFEST, Artifact, Manifest, hash_files
 from vitedge.bench.records import Row, Skipped
-from vitedge.errors import UnavailableError, UsageError, closest
+from vitedge.errors import InputError, UnavailableError, UsageError, closest
 from vitedge.model_file import input_spec, open_artifact
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class PlannedRow:
         return f"{self.row.artifact.name} in {self.row.runtime} {self.row.precision}"
 
 
-def find_candidates(paths: Sequence[Path], build: Path) -> tuple[list[Candidate], list[Skipped]]:
-    """The files named, or every artifact of every build folder.
+def find_candidates(paths: Sequence[Path], build: Path) -> tuple[list[Candidate], list[Skipped], list[InputError]]:
+    """The files named, or every artifact of every build folder; what is damaged is passed over, with its error.
 
     Args:
         paths: Model files and build folders; empty for everything in `build`.
@@ -71,13 +71,15 @@ def find_candidates(paths: Sequence[Path], build: Path) -> tuple[list[Candidate]
         folders = sorted(path.parent for path in build.glob(f"*/{MANIFEST}"))
     candidates: list[Candidate] = []
     skipped: list[Skipped] = []
+    errors: list[InputError] = []
     for folder in folders:
         for artifact in Manifest.load(folder).artifacts.values():
             if "variant_of" in artifact.notes:
                 continue
-            reason = _damage(artifact)
-            if reason:
-                skipped.append(Skipped(artifact.name, "", "", reason, failed=True))
+            damage = _damage(artifact)
+            if damage:
+                skipped.append(Skipped(artifact.name, "", "", f"{damage.found}; {damage.fix}", failed=True))
+                errors.append(damage)
             else:
                 candidates.append(Candidate(artifact, folder))
     listed = {candidate.artifact.path.resolve() for candidate in candidates}
@@ -93,16 +95,15 @@ def find_candidates(paths: Sequence[Path], build: Path) -> tuple[list[Candidate]
             found="nothing built",
             fix="run `vitedge export --recipe deit_tiny_int8` first, or name a model file",
         )
-    return candidates, skipped
+    return candidates, skipped, errors
 
 
-def _damage(artifact: Artifact) -> str:
+def _damage(artifact: Artifact) -> InputError | None:
     missing = [path for path in artifact.files if not path.is_file()]
-    if missing:
-        return f"{missing[0].name} is missing; export again"
-    if hash_files(list(artifact.files)) != artifact.sha256:
-        return "the file was changed since it was built; export again"
-    return ""
+    if not missing and hash_files(list(artifact.files)) == artifact.sha256:
+        return None
+    found = f"{missing[0].name} is missing" if missing else "the file was changed since it was built"
+    return InputError(str(artifact.path), expected=f"the file with sha256 {artifact.sha256[:12]}...", found=found, fix="export again")
 
 
 def _named(path: Path) -> Candidate:

@@ -83,7 +83,7 @@ def bench(request: BenchRequest, say: Callable[[str], None], bar: Bar) -> BenchR
     """
     device = load_device(request.device)
     check_runtimes(request.runtimes, device)
-    candidates, skipped = find_candidates(request.paths, request.build)
+    candidates, skipped, damaged = find_candidates(request.paths, request.build)
     host = probe()
     require_accelerator(device, host)
     differing = mismatches(device, host)
@@ -94,9 +94,10 @@ def bench(request: BenchRequest, say: Callable[[str], None], bar: Bar) -> BenchR
     planned, unplanned = plan_rows(candidates, device, host, uses, settings.threads, request.batch_sizes or device.batch_sizes)
     skipped += unplanned
     if not planned:
-        raise nothing_runs(device, skipped)
+        raise damaged[0] if damaged else nothing_runs(device, skipped)
     if request.data is not None and request.top1:
-        find_images(None, request.data)  # a wrong --data must not come out after minutes of timing
+        for folder in {one.candidate.folder for one in planned}:
+            find_images(folder, request.data)  # a wrong --data must not come out after minutes of timing
     with working("timing", say):
         conditions = gather(device, probe_host(), settings, differing)
         timings = time_rows(planned, settings, conditions, bar("timing"))
@@ -110,10 +111,10 @@ def bench(request: BenchRequest, say: Callable[[str], None], bar: Bar) -> BenchR
         (measurement, one, found) for (one, several), found in zip(timings.measurements, judged, strict=True) for measurement in several
     ]
     with_speed = judge_speed([measurement for measurement, _, _ in flat], parents, schemes, host.isa)
-    by_row = {(m.sha256, m.runtime, m.provider, m.precision): found for (m, _, found) in flat}
+    by_row = {_row_of(m): found for (m, _, found) in flat}
     finished = [_with_quality(m, with_speed, by_row, schemes) for m in with_speed]
     return BenchResult(
-        tuple(finished), tuple(one.candidate.folder for _, one, _ in flat), (*skipped, *timings.skipped), tuple(timings.errors)
+        tuple(finished), tuple(one.candidate.folder for _, one, _ in flat), (*skipped, *timings.skipped), (*damaged, *timings.errors)
     )
 
 
@@ -127,14 +128,18 @@ def _judge_rows(rows: Sequence[PlannedRow], request: BenchRequest, bar: Bar) -> 
     return judged
 
 
-RowKey = tuple[str, str, str, str]
+RowKey = tuple[str, str, str, str, str]
+
+
+def _row_of(m: Measurement) -> RowKey:
+    return m.sha256, m.runtime, m.provider, m.precision, m.float_precision
 
 
 def _with_quality(
     measurement: Measurement, others: Sequence[Measurement], by_row: dict[RowKey, Judged], schemes: dict[str, str]
 ) -> Measurement:
     def found(m: Measurement) -> Judged:
-        return by_row[(m.sha256, m.runtime, m.provider, m.precision)]
+        return by_row[_row_of(m)]
 
     reference = find_reference(measurement, others, schemes)
     named = (f"{reference.artifact} in {reference.runtime} fp32", found(reference)) if reference else None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vitedge.bench.run import BenchResult
+    from vitedge.errors import VitedgeError
 
 EXISTING = click.Path(exists=True, path_type=Path)
 
@@ -104,11 +105,8 @@ def show(result: BenchResult, output: Path | None, as_json: bool, require_stable
     """
     from vitedge.artifact import write_text
     from vitedge.errors import UnstableError
-    from vitedge.report.json_file import dump, merge_report, to_plain
+    from vitedge.report.json_file import dump, to_plain
 
-    for folder in dict.fromkeys(folder for folder in result.folders if folder):
-        own = [m for m, place in zip(result.measurements, result.folders, strict=True) if place == folder]
-        say(f"kept in {merge_report(folder, own)}")
     plain = to_plain(result.measurements, result.skipped)
     if output:
         write_text(output, dump(plain))
@@ -119,9 +117,11 @@ def show(result: BenchResult, output: Path | None, as_json: bool, require_stable
 
         print_table(result_console(), result.measurements, result.skipped)
     unstable = [m for m in result.measurements if m.unstable]
+    errors = _keep(result)
     if result.errors:
         say(f"error: {len(result.errors)} of the rows failed; see `not measured` above")
-        return result.errors[0].exit_code
+    if errors or result.errors:
+        return (*result.errors, *errors)[0].exit_code
     if require_stable and unstable:
         first = unstable[0]
         error = UnstableError(
@@ -133,6 +133,22 @@ def show(result: BenchResult, output: Path | None, as_json: bool, require_stable
         say(f"error: {error}")
         return error.exit_code
     return 0
+
+
+def _keep(result: BenchResult) -> list[VitedgeError]:
+    """Put the measurements into their build folders' reports; those that cannot take them are lines."""
+    from vitedge.errors import VitedgeError
+    from vitedge.report.json_file import merge_report
+
+    errors: list[VitedgeError] = []
+    for folder in dict.fromkeys(folder for folder in result.folders if folder):
+        own = [m for m, place in zip(result.measurements, result.folders, strict=True) if place == folder]
+        try:
+            say(f"kept in {merge_report(folder, own)}")
+        except VitedgeError as error:
+            say(f"error: not kept: {error}")
+            errors.append(error)
+    return errors
 
 
 def result_console() -> Console:

@@ -43,7 +43,7 @@ def command(
 
     profile = load_device(device)
     check_runtimes([runtime] if runtime else [], profile)
-    candidates, _ = find_candidates([path], Path())
+    candidates, _, _ = find_candidates([path], Path())
     if len(candidates) != 1:
         raise UsageError(str(path), expected="one model file", found=f"a build folder of {len(candidates)}", fix="name one of its files")
     candidate = candidates[0]

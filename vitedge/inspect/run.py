@@ -121,7 +121,7 @@ def find_subject(path: Path, against: Path | None) -> Subject:
         UsageError: Nothing there, or `against` for a checkpoint.
         InputError: A file is not a model, or `against` is not a float ONNX one.
     """
-    candidates, skipped = find_candidates([path], Path())
+    candidates, skipped, _ = find_candidates([path], Path())
     left_out = [(skip.artifact, skip.reason) for skip in skipped]
     left_out += [
         (c.artifact.name, f"vitedge inspect does not read the format {c.artifact.format}")

@@ -44,6 +44,7 @@ from vitedge.preprocess import Preprocessing
 from vitedge.progress import Progress, silent
 from vitedge.recipe import Recipe
 from vitedge.runtimes import Facts, Target
+from vitedge.runtimes.onnxruntime import providers
 
 Bar = Callable[[str], Progress]
 README_TEXT = """{name}
@@ -232,6 +233,7 @@ def _describe(job: _Job, facts: Facts, golden: Golden, isa: Isa, model: str) -> 
         "model": model,
         "runtime": shipment.runtime,
         "provider": shipment.target.provider,
+        "providers": providers(shipment.target, artifact.scheme) if shipment.runtime == "onnxruntime" else [],
         "precision": facts.precision,
         "float_precision": facts.float_precision,
         "threads": Threads(asked=job.device.threads, measured=shipment.target.threads if measured else None),

@@ -94,6 +94,8 @@ class BundleManifest(Section):
     model: Literal["model.onnx", "model.xml"]
     runtime: Literal["onnxruntime", "openvino"]
     provider: str
+    # ONNX Runtime's, with the options they were measured with: the one above, then those that may take what it does not know.
+    providers: tuple[tuple[str, dict[str, str]], ...]
     precision: str
     float_precision: Literal["fp32", "bf16", "fp16"]
     threads: Threads

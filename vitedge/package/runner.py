@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 SCHEMA_VERSION = 1
 AGAIN, ELSEWHERE = "unpack the bundle again", "run on a device that has it, or package for this one"
 NEEDED = {"files", "isa", "device", "pip", "model", "runtime", "provider", "precision", "float_precision", "threads"}
-NEEDED |= {"input", "output", "preprocessing", "golden"}
+NEEDED |= {"providers", "input", "output", "preprocessing", "golden"}
 FLAGS_OF_ARM = {"neon": "asimd", "neon_dotprod": "asimddp", "neon_i8mm": "i8mm"}  # our name: Linux's name on aarch64
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 OPENVINO_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -153,7 +153,9 @@ def open_onnxruntime(path: Path, manifest: dict[str, Any], threads: int) -> Call
     for size in source["shape"]:
         if isinstance(size, str):
             options.add_free_dimension_override_by_name(size, 1)
-    session = ort.InferenceSession(str(path), options, providers=[provider])
+    if provider != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries where pip has put them
+    session = ort.InferenceSession(str(path), options, providers=[tuple(entry) for entry in manifest["providers"]])
     if session.get_providers()[0] != provider:
         raise RunError(4, "onnxruntime", expected=provider, found=session.get_providers()[0], fix="check the engine's installation")
     return lambda x_BCHW: session.run([manifest["output"]["name"]], {source["name"]: x_BCHW})[0]

@@ -106,7 +106,8 @@ def _measured_shipment(
     return Shipment(
         artifact=_checked(artifact),
         runtime=row.runtime,
-        target=Target(row.provider, row.float_precision, threads, batch_size=1),
+        # What AUTO chose where it was measured is what is shipped: the processor it needs is then known.
+        target=Target(row.provider.removeprefix("AUTO:"), row.float_precision, threads, batch_size=1),
         measured={name: value for name, value in row.plain.items() if name not in RAW},
         why=why,
         passed_over=passed_over,
@@ -135,7 +136,7 @@ def _remarks(row: Mapping[str, Any], limits: Limits) -> tuple[str, ...]:
 def _unmeasured_shipment(artifact: Artifact, device: Device) -> Shipment:
     library = str(artifact.notes.get("library", ""))
     for use in device.runtimes:
-        fits = artifact.format in plugins.load("runtimes", use.runtime).FORMATS and library in ("", use.runtime)
+        fits = artifact.format in plugins.load("runtimes", use.runtime).FORMATS and library in ("", "vitedge", use.runtime)
         if use.runtime in BUNDLE_RUNTIMES and fits:
             return Shipment(
                 artifact=_checked(artifact),

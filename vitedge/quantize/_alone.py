@@ -113,12 +113,12 @@ def find_data(artifact: Artifact, option: str | None, recipe: Recipe | None) -> 
     beside = artifact.path.parent / "recipe.yaml"
     if recipe is not None:
         spec = recipe.data
-    elif option is not None:
-        spec = DataSpec(name=option)
-    elif beside.is_file():
+    elif beside.is_file():  # also with --data: which images a training saw is said by the recipe's split
         from vitedge.recipe import load_recipe
 
         spec = load_recipe(str(beside)).data
+    elif option is not None:
+        spec = DataSpec(name=option)
     elif artifact.labels:
         spec = DataSpec()
     else:

@@ -128,7 +128,7 @@ def _options(target: Target, symbol: str) -> Any:
     return options
 
 
-def _providers(target: Target, scheme: str) -> list[tuple[str, dict[str, str]]]:
+def providers(target: Target, scheme: str) -> list[tuple[str, dict[str, str]]]:
     """The provider asked for, and what may take the nodes it does not know: shapes, never matrix products."""
     if target.provider == CPU:
         return [(CPU, {})]
@@ -148,7 +148,7 @@ def _open(artifact: Artifact, target: Target, options: Any) -> Any:
     if target.provider != CPU and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()
     try:
-        return onnxruntime.InferenceSession(os.fspath(artifact.path), options, providers=_providers(target, artifact.scheme))
+        return onnxruntime.InferenceSession(os.fspath(artifact.path), options, providers=providers(target, artifact.scheme))
     except _engine_errors() as error:
         raise not_runnable(artifact, "ONNX Runtime", error) from error
 
@@ -311,6 +311,6 @@ def profile(request: str, folder: str) -> None:
     options = _options(target, asked["symbol"])
     options.enable_profiling = True
     options.profile_file_prefix = os.path.join(folder, "profile")
-    session = onnxruntime.InferenceSession(asked["artifact"], options, providers=_providers(target, asked["scheme"]))
+    session = onnxruntime.InferenceSession(asked["artifact"], options, providers=providers(target, asked["scheme"]))
     session.run(None, {session.get_inputs()[0].name: np.zeros(asked["shape"], np.float32)})
     session.end_profiling()

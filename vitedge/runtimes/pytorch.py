@@ -22,6 +22,8 @@ FORMATS = ("checkpoint",)
 HEAVY = "torch"
 EXTRA = "torch"
 
+# As operators name them, before and after they are taken apart: inference mode leaves some whole.
+_PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "convolution", "conv2d"}
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -79,7 +81,7 @@ def load(artifact: Artifact, target: Target) -> Session:
         logits_BC: np.ndarray = forward(torch.from_numpy(x_BCHW)).float().cpu().numpy()
         return logits_BC
 
-    return Session(functools.partial(_describe, model, forward, target, meta.img_size), shape, run)
+    return Session(functools.partial(_describe, forward, target, meta.img_size), shape, run)
 
 
 def _built_for_cuda() -> bool:
@@ -100,21 +102,27 @@ def _forward(model: Any, target: Target, x_BCHW: Any) -> Any:
         return model(x_BCHW.to(target.provider))
 
 
-def _describe(model: Any, forward: Any, target: Target, side: int) -> Facts:
-    """What really ran: the type in which the linear layers of one inference answered."""
-    import torch
+def _describe(forward: Any, target: Target, side: int) -> Facts:
+    """What really ran: the type that most matrix products and convolutions of one inference answered in.
 
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    Asked of the operators and not of modules: those of a quantized or factored model are no `nn.Linear`, and may add their
+    bias in another type.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
     seen: list[str] = []
-    handles = [
-        module.register_forward_hook(lambda _m, _x, answer: seen.append(str(answer.dtype).removeprefix("torch."))) for module in linear
-    ]
-    try:
+
+    class Watch(TorchDispatchMode):  # type: ignore[misc]  # the library carries no types
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            answer = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ in _PRODUCTS:
+                seen.append(str(answer.dtype).removeprefix("torch."))
+            return answer
+
+    with Watch():
         forward(torch.zeros(target.batch_size or 1, 3, side, side))
-    finally:
-        for handle in handles:
-            handle.remove()
-    kind = _TYPES[max(set(seen), key=seen.count)]
+    kind = _TYPES[max(sorted(set(seen)), key=seen.count)]
     return Facts(
         "pytorch",
         torch.__version__,

@@ -88,9 +88,7 @@ def take_checkpoint(source: Path, root: Path) -> None:
     taken = Manifest.load(root) if (root / MANIFEST).is_file() else Manifest(root, {})
     if record is None or taken.stages.get(CHECKPOINT_STAGE) == record:
         return
-    taken.stages[CHECKPOINT_STAGE] = record
-    for name in record["outputs"]:
-        taken.artifacts[name] = _copy(made.artifacts[name], source, root)
+    taken.record(CHECKPOINT_STAGE, record, [_copy(made.artifacts[name], source, root) for name in record["outputs"]])
     taken.save()
 
 

@@ -229,7 +229,8 @@ class _Steps:
         """Convert, save, judge on the test split, clear up."""
         job = self.job
         notes: dict[str, Any] = {"weights": job.source.kind, "steps": self.notes}
-        if self.processes.is_main and (job.work / LAST).is_file():
+        # Asked of the recipe as it is now: a LAST that lies there may be of a shorter one.
+        if self.processes.is_main and job.recipe.ends_in_training and (job.work / LAST).is_file():
             last = copy.deepcopy(self.model)
             last.load_state_dict(read_tensors(job.work / LAST))
             self.convert_and_save(last, job.path.with_name(LAST))
