@@ -10,6 +10,8 @@ from vitedge import plugins
 from vitedge.artifact import Manifest, hash_files
 from vitedge.recipe import Recipe, TrainConfig
 
+COMPILING_S = 60.0  # of `train: {compile: true}`, before the first step
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -67,7 +69,7 @@ def estimate_seconds(recipe: Recipe, stage: str) -> float:
         if not steps:
             return 5.0
         images = sum((c.steps * c.batch_size if c.steps else c.epochs * 45_000) * (1 - c.patch_drop) for c in steps)
-        compiling = 60.0 if any(c.compile for c in steps) else 0.0
+        compiling = COMPILING_S if any(c.compile for c in steps) else 0.0
         return 5.0 + compiling + images * _seconds_per_image(recipe) * _step_cost(recipe)
     guard = recipe.quantize.guard if stage.startswith("quantize ") else None
     if guard:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vitedge.errors import UsageError
-from vitedge.recipe import Recipe, load_recipe, recipe_from_plain
+from vitedge.recipe import Recipe, TrainConfig, load_recipe, recipe_from_plain
 from vitedge.study.budget import MIN_CALIBRATION, MIN_SAMPLES, Budget, build_seconds
 
 
@@ -40,6 +40,15 @@ def test_all_of_the_work_is_the_recipe_itself_without_a_label() -> None:
     assert Budget().apply(recipe) == (recipe, "")
     assert Budget().samples is None and Budget().label == ""
     assert Budget.parse(None) == Budget() == Budget.parse("1")
+
+
+def test_few_steps_are_not_worth_compiling() -> None:
+    def compiles(recipe: Recipe) -> list[bool]:
+        return [config.compile for _, config in recipe.steps if isinstance(config, TrainConfig)]
+
+    whole = load_recipe("deit_tiny_224_nystrom64")
+    assert compiles(whole) == compiles(Budget(0.999).apply(whole)[0]) == [True]
+    assert compiles(Budget(0.1).apply(whole)[0]) == [False]
 
 
 def test_what_a_budget_makes_is_a_valid_recipe() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from vitedge.errors import UsageError
 from vitedge.recipe import Recipe, TrainConfig
-from vitedge.stage import estimate_seconds
+from vitedge.stage import COMPILING_S, estimate_seconds
 
 MIN_CALIBRATION = 32  # images; with fewer, a range is that of single images
 MIN_SAMPLES = 500  # test images; 95 % of top-1 is then within about 2.5 points
+COMPILING_PAYS = 5  # times its own length: a compiled step takes about four fifths (results/LOG.md)
 TEST_IMAGES, CIFAR_PIXELS = 10_000, 32  # of both CIFARs
 _MINUTES = re.compile(r"^(\d+(?:\.\d+)?) *(m|min|h)$")
 
@@ -70,7 +71,10 @@ class Budget:
         less: dict[str, Any] = {"calibration": calibration.model_copy(update={"images": images})}
         if guard is not None:
             less["guard"] = guard.model_copy(update={"minutes": self.share * guard.minutes})
-        return recipe.model_copy(update={"steps": steps, "quantize": recipe.quantize.model_copy(update=less)}), self.label
+        shorter = recipe.model_copy(update={"steps": steps, "quantize": recipe.quantize.model_copy(update=less)})
+        eager = _eager(shorter)
+        pays = build_seconds(eager, "checkpoint") > COMPILING_PAYS * COMPILING_S
+        return shorter if pays else eager, self.label
 
     def _shorter(self, config: Any) -> Any:
         if not isinstance(config, TrainConfig):
@@ -78,6 +82,11 @@ class Budget:
         if config.steps is not None:
             return config.model_copy(update={"steps": max(1, round(self.share * config.steps))})
         return config.model_copy(update={"epochs": self.share * config.epochs})
+
+
+def _eager(recipe: Recipe) -> Recipe:
+    steps = tuple((name, c.model_copy(update={"compile": False}) if isinstance(c, TrainConfig) else c) for name, c in recipe.steps)
+    return recipe.model_copy(update={"steps": steps})
 
 
 def build_seconds(recipe: Recipe, only: str | None = None) -> float:
