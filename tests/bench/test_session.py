@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from tests.bench.made import CONDITIONS, tiny_row
+from vitedge.bench import session
 from vitedge.bench.conditions import Settings, commit, gather, read_governor
 from vitedge.bench.cost import Cost
+from vitedge.bench.records import Row
 from vitedge.bench.rows import Candidate, PlannedRow
 from vitedge.bench.session import summarize, time_rows, why_unstable
 from vitedge.bench.timing import TimingSettings
@@ -86,6 +88,23 @@ def test_a_row_that_fails_is_listed_and_the_others_go_on(tmp_path: Path):
     assert [(one.artifact, one.failed) for one in timings.skipped] == [("model.fp32.onnx", False), ("broken.onnx", True)]
     assert len(timings.errors) == 2
     assert seen[-1] == (6, 6)
+
+
+def test_rows_are_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What hits the host for a while hits every row: A B A B and not A A B B, whatever the rows are."""
+    started: list[str] = []
+    timed = session.time_in_worker
+
+    def noted(row: Row, *rest: Any, **more: Any) -> Any:
+        started.append(row.artifact.name)
+        return timed(row, *rest, **more)
+
+    monkeypatch.setattr(session, "time_in_worker", noted)
+    row = tiny_row(tmp_path)
+    rows = [replace(row, artifact=replace(row.artifact, name=name)) for name in ("a", "b")]
+    planned = [PlannedRow(Candidate(one.artifact), one, (1,)) for one in rows]
+    time_rows(planned, Settings(rounds=3, timing=TimingSettings(3, 0.01, 0.1)), CONDITIONS)
+    assert started == ["a", "b"] * 3
 
 
 def test_conditions_hold_what_a_figure_depends_on(tmp_path: Path):

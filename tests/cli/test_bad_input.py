@@ -276,9 +276,9 @@ CASES: dict[Callable[[Path, Path], list[str]], tuple[int, str]] = {
     damaged_manifest: (1, "a JSON file"),
     nothing_built: (2, "vitedge export --recipe deit_tiny_int8"),
     bench_of_what_is_not_there: (2, "absent.onnx"),
-    not_onnx: (1, "m.onnx"),
-    empty_onnx: (1, "m.onnx"),
-    truncated_onnx: (1, "m.onnx"),
+    not_onnx: (1, "an ONNX model"),
+    empty_onnx: (1, "an ONNX model"),
+    truncated_onnx: (1, "an ONNX model"),
     onnx_of_wrong_rank: (1, "rank"),
     onnx_without_its_external_data: (1, "m.data"),
     openvino_without_its_weights: (1, "m."),
@@ -322,10 +322,6 @@ def test_bad_input_is_one_line(
     assert "Traceback" not in captured.err and captured.out == ""
     after = {name: content for name, content in _files(tmp_path).items() if not name.startswith("out/recipe.yaml")}
     assert after == before
-
-
-def test_there_are_enough_cases() -> None:
-    assert len(CASES) >= 25
 
 
 def test_json_errors_are_json_on_stdout(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -24,14 +24,13 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
 
 
-def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> None:
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> None:
     """The last command ended in one line that says these words."""
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "Traceback" not in captured.err, captured.err
     for word in words:
         assert word in lines[0]
-    assert code in (1, 2, 3, 4)
 
 
 def test_builds_all_schemes_and_reports_them(model: Path, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +45,7 @@ def test_builds_all_schemes_and_reports_them(model: Path, colours: Path, tmp_pat
         assert sum(row["node_counts"].get(kind, 0) for kind in ("int8", "int8_weights", "int4_weights")) == 4
         assert row["size_ratio"] == result["source"]["size_bytes"] / row["size_bytes"]
         # Twelve of the 120 train images are the validation part; calibration saw none of them.
-        assert row["agreement_images"] == 12 and 0 <= row["top1_agreement"] <= 100 and row["sqnr_db"] > 10
+        assert row["agreement_images"] == 12 and row["top1_agreement"] >= 75 and row["sqnr_db"] > 10
         assert (row["calibration"] or {}).get("images") == (16 if row["scheme"] in (STATIC, OPENVINO) else None)
     files = [f"model.{name.partition('.')[2]}.onnx" for name in (DYNAMIC, STATIC, *PACKED)]
     assert sorted(path.name for path in out.iterdir()) == sorted([*files, OPENVINO, *PACKED_OPENVINO])
@@ -58,7 +57,7 @@ def test_prints_a_table_for_people(model: Path, colours: Path, tmp_path: Path, c
     out = capsys.readouterr().out
     assert STATIC in out and "integer nodes" in out and "12 held-out train images" in out
     assert run(arguments) == 2
-    fails(capsys, 2, "model.int8_static.onnx", "--overwrite")
+    fails(capsys, "model.int8_static.onnx", "--overwrite")
     assert run([*arguments, "--overwrite", "--exclude", "/mlp/*"]) == 0
 
 
@@ -83,7 +82,7 @@ def test_without_data_builds_what_needs_none_and_says_the_rest(model: Path, tmp_
     assert captured.err.count("not built: ") == 2
     # Asked for by name, it is an error.
     assert run(["quantize", str(model), "--scheme", STATIC, "-o", str(tmp_path / "other")]) == 2
-    fails(capsys, 2, "--data")
+    fails(capsys, "--data")
     assert not (tmp_path / "other").exists()
 
 
@@ -91,7 +90,7 @@ def test_a_foreign_file_takes_its_contract_from_a_recipe(colours: Path, tmp_path
     foreign = tiny.write_tiny_onnx(tmp_path / "foreign.onnx", preprocessing=False)
     options = ["quantize", str(foreign), "--scheme", STATIC, "-o", str(tmp_path / "out")]
     assert run([*options, "--data", str(colours)]) == 2
-    fails(capsys, 2, "preprocessing contract", "--recipe")
+    fails(capsys, "preprocessing contract", "--recipe")
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
         f"model: {{img_size: 8, patch_size: 4}}\ndata: {{name: '{colours}'}}\npreprocess: {{interpolation: box}}\n", encoding="utf-8"
@@ -107,7 +106,7 @@ def test_a_recipe_that_contradicts_the_file_is_refused(
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"model: {{img_size: 8, patch_size: 4}}\ndata: {{name: '{colours}'}}\n", encoding="utf-8")
     assert run(["quantize", str(model), "--recipe", str(recipe), "-o", str(tmp_path / "out")]) == 1
-    fails(capsys, 1, "recipe mine", "mean: (0.5, 0.5, 0.5)")
+    fails(capsys, "recipe mine", "mean: (0.5, 0.5, 0.5)")
 
 
 @pytest.mark.parametrize(
@@ -127,26 +126,26 @@ def test_wrong_options(
     arguments: list[str], code: int, words: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["quantize", str(model), *arguments, "-o", str(tmp_path / "out")]) == code
-    fails(capsys, code, *words)
+    fails(capsys, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_wrong_outputs(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = model.read_bytes()
     assert run(["quantize", str(model), "--scheme", DYNAMIC, "-o", str(model), "--overwrite"]) == 2
-    fails(capsys, 2, "another place than the input")
+    fails(capsys, "another place than the input")
     named_so = tmp_path / "model.int8_dynamic.onnx"
     named_so.write_bytes(before)
     assert run(["quantize", str(named_so), "--scheme", DYNAMIC, "-o", str(tmp_path), "--overwrite"]) == 2
-    fails(capsys, 2, "another place than the input")
+    fails(capsys, "another place than the input")
     assert named_so.read_bytes() == before
     other = tmp_path / "file"
     other.write_text("mine", encoding="utf-8")
     assert run(["quantize", str(model), "--scheme", DYNAMIC, "-o", str(other), "--overwrite"]) == 2
-    fails(capsys, 2, "a file of that name")
+    fails(capsys, "a file of that name")
     assert other.read_text(encoding="utf-8") == "mine"
     assert run(["quantize", str(model), "--scheme", DYNAMIC, "-o", str(other / "below")]) == 1
-    fails(capsys, 1, "a place that can be written")
+    fails(capsys, "a place that can be written")
 
 
 def test_wrong_files(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,16 +153,16 @@ def test_wrong_files(colours: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     text = tmp_path / "text.onnx"
     text.write_text("not a model", encoding="utf-8")
     assert run(["quantize", str(text), "-o", out]) == 1
-    fails(capsys, 1, "text.onnx")
+    fails(capsys, "text.onnx")
     assert run(["quantize", str(tmp_path / "absent.onnx"), "-o", out]) == 2
-    fails(capsys, 2, "no such file")
+    fails(capsys, "no such file")
     labelled = tiny.write_tiny_onnx(tmp_path / "labelled.onnx")
     assert run(["quantize", str(labelled), "--data", str(colours), "-o", out]) == 1
-    fails(capsys, 1, "4 classes of labelled.onnx", "3 classes")
+    fails(capsys, "4 classes of labelled.onnx", "3 classes")
     assert run(["quantize", str(labelled), "--scheme", DYNAMIC, "-o", str(tmp_path / "int8")]) == 0
     capsys.readouterr()
     assert run(["quantize", str(tmp_path / "int8" / "model.int8_dynamic.onnx"), "-o", out]) == 1
-    fails(capsys, 1, "an ONNX file in fp32", "int8_dynamic")
+    fails(capsys, "an ONNX file in fp32", "int8_dynamic")
     assert not Path(out).exists()
 
 
@@ -173,6 +172,6 @@ def test_missing_extra(model: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     real = vitedge.host.tool_versions
     monkeypatch.setattr(vitedge.host, "tool_versions", lambda names: {k: v for k, v in real(names).items() if k != "nncf"})
     assert run(["quantize", str(model), "--scheme", OPENVINO, "-o", str(tmp_path / "out")]) == 4
-    fails(capsys, 4, "pip install 'vitedge[openvino]'")
+    fails(capsys, "pip install 'vitedge[openvino]'")
     assert run(["quantize", str(model), "-o", str(tmp_path / "out")]) == 0
     assert "pip install 'vitedge[openvino]'" in capsys.readouterr().err

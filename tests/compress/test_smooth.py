@@ -480,6 +480,7 @@ def test_the_command_refuses_a_resnet_in_one_line(tmp_path: Path, colours: Path,
     assert not (out / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_real_model_answers_as_before(real_weights: Path) -> None:
     path = real_weights / "deit_tiny_cifar10_112.safetensors"
     model, _ = build(ModelSpec(img_size=112), 10, WeightsSource("file", path))

@@ -95,12 +95,11 @@ def modules_of(thing: Any, depth: int = 4) -> list[nn.Module]:
     return [module for value in inner for module in modules_of(value, depth - 1)]
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_it_imports_without_torch(name: str) -> None:
+def test_all_import_without_torch() -> None:
     code = (
-        f"import sys\nfor absent in ('torch', 'timm', 'torchvision', 'safetensors'): sys.modules[absent] = None\n"
-        f"from vitedge import plugins\nmodule = plugins.load('compress', {name!r})\n"
-        f"module.Config.model_json_schema(); module.apply, module.files\n"
+        "import sys\nfor absent in ('torch', 'timm', 'torchvision', 'safetensors'): sys.modules[absent] = None\n"
+        f"from vitedge import plugins\nfor name in {TECHNIQUES!r}:\n"
+        "    module = plugins.load('compress', name)\n    module.Config.model_json_schema(); module.apply, module.files\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -116,12 +115,6 @@ def test_its_settings_are_frozen_strict_and_described(name: str) -> None:
     recipe = recipe_from_plain({"name": "x", "steps": [step, "train"]}, "x.yaml")
     assert recipe_from_plain({**recipe.to_plain(), "name": "x"}, "x.yaml") == recipe
     assert name in json.dumps(recipe_schema()["properties"]["steps"])
-
-
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_its_files_are_there(name: str, builds: Path) -> None:
-    module = plugins.load("compress", name)
-    assert all(path.is_file() for path in module.files(module.Config(**NEEDED.get(name, {})), builds))
 
 
 @on_every_student
@@ -144,9 +137,9 @@ def test_a_model_that_learns_to_round_is_left_alone_or_refused(name: str, first:
     try:
         after = apply(name, builds, VITS[0], model).model
     except UsageError as error:
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert {key: (type(module), id(module)) for key, module in after.named_modules()} == before
+        after = model
+        assert len(str(error).splitlines()) == 1 and any(word in str(error) for word in ("quantize", "rounds", first)), error
+    assert {key: (type(module), id(module)) for key, module in after.named_modules()} == before
 
 
 @on_every_student
@@ -156,7 +149,8 @@ def test_the_same_seed_gives_the_same_result(name: str, student: CheckpointMeta,
         compressed, batch = apply(name, builds, student, model_of(student, seed=3).train()), made.batch(size=student.img_size)
         outputs = compressed.model(batch.x_BCHW)
         losses = [loss(outputs, batch).detach() for loss in compressed.losses]
-        results.append([*compressed.model.state_dict().values(), *losses, torch.rand(1)])
+        heads = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        results.append([*compressed.model.state_dict().values(), *heads, *losses, torch.rand(1)])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 

@@ -171,7 +171,9 @@ def test_the_pareto_set_is_recipes_that_export(made: Made, tmp_path: Path, capsy
         Manifest.load(trial).artifacts["checkpoint.safetensors"].sha256
         == Manifest.load(tmp_path / "out").artifacts["checkpoint.safetensors"].sha256
     )
-    assert built.path.is_file()
+    settings = next(settings for settings, place in recipes.items() if place == str(path))
+    (point,) = [point for point in made.result["points"] if point["on_front"] and point["settings"] == settings]
+    assert built.sha256 == point["sha256"]
 
 
 def test_another_search_in_the_same_folder_is_refused(

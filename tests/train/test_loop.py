@@ -112,6 +112,10 @@ def test_the_best_weights_stay_in_the_model_and_the_last_are_kept(tmp_path: Path
     scores = [point["top1"] for point in trained.notes["history"]]
     assert trained.notes["validation_top1"] == pytest.approx(max(scores), abs=0.01) and scores.index(max(scores)) < len(scores) - 1
     assert any(not torch.equal(tensor, trained.last[name]) for name, tensor in model.state_dict().items())
+    held_out = coloured_split(30, 1)
+    with torch.no_grad():
+        hits = model.eval()(torch.from_numpy(CONTRACT(list(held_out.images)))).argmax(-1).numpy() == held_out.labels
+    assert 100 * hits.mean() == pytest.approx(max(scores), abs=0.01)
 
 
 def test_a_half_written_state_is_not_resumed(tmp_path: Path) -> None:

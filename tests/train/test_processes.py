@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -127,9 +128,12 @@ def test_sigterm_stops_all_processes_with_a_state_saved(tmp_path: Path, colours:
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
+    workers = psutil.Process(running.pid).children(recursive=True)
+    assert len(workers) >= 1
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 130, errors
+    assert not psutil.wait_procs(workers, timeout=10)[1], "a worker went on"
     assert (out / ".work" / "step0" / "train.state.pt").exists() and "Traceback" not in errors
 
 
