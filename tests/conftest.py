@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,34 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
     # Before any test imports it plainly: a plain import reports over the network and writes into the home folder.
     with contextlib.suppress(ImportError):
         import_quietly("openvino")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _profile_here() -> Iterator[Callable[[str, str], str]]:
+    """ONNX Runtime's profiler in this process: one of its own for each file costs the suite minutes. A bench's workers start theirs."""
+    from vitedge.runtimes import onnxruntime
+
+    elsewhere = onnxruntime._profile_elsewhere
+
+    def profile_here(request: str, folder: str) -> str:
+        try:
+            onnxruntime.profile(request, folder)
+        except Exception as error:
+            return str(error)
+        return ""
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(onnxruntime, "_profile_elsewhere", profile_here)
+    yield elsewhere
+    patch.undo()
+
+
+@pytest.fixture
+def profiled_elsewhere(_profile_here: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is outside of tests."""
+    from vitedge.runtimes import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "_profile_elsewhere", _profile_here)
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,8 @@ def on_one_core() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_the_readmes_commands_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("measuring", [" --rounds 2 --seconds 0.1", pytest.param("", marks=pytest.mark.slow)], ids=["briefly", "as it is"])
+def test_the_readmes_commands_run(measuring: str, tmp_path: Path) -> None:
     """In order, in an empty folder, as a newcomer without data or network would; the bench table has static int8 in it."""
     (tmp_path / "offline").mkdir()
     (tmp_path / "offline" / "sitecustomize.py").write_text(NO_NETWORK)
@@ -109,7 +110,14 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
         words = shlex.split(command)
         assert words[0] in ("vitedge", "python", "unzip"), command
         done = subprocess.run(
-            command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment, preexec_fn=on_one_core
+            command + measuring * (words[:2] == ["vitedge", "bench"]),
+            shell=True,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env=environment,
+            preexec_fn=on_one_core,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         tables += [done.stdout] if words[:2] == ["vitedge", "bench"] else []

@@ -184,6 +184,17 @@ def test_a_folder_with_other_files_is_kept(tmp_path: Path, colours: Path, capsys
     assert [path.name for path in (tmp_path / "mine").iterdir() if path.name != ".lock"] == ["thesis.txt"]
 
 
+def test_a_dry_run_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from vitedge.data import download
+
+    fetched: list[object] = []
+    monkeypatch.setattr(download, "fetch", lambda *args: fetched.append(args))
+    for command in ("export", "train"):
+        assert run([command, "--recipe", "deit_tiny_32_untied", "-o", str(tmp_path / "out"), "--dry-run"]) == 2
+        assert "vitedge data fetch cifar10" in capsys.readouterr().err
+    assert not fetched and not (tmp_path / "out").exists()
+
+
 def test_files_of_older_weights_go_with_them(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Or they would be measured against the new ones, and shipped in their place."""
     schemes, train = ["onnxruntime.int8_dynamic", "onnxruntime.int8_weights"], {"steps": 2, "precision": "fp32"}

@@ -150,3 +150,30 @@ def test_cli_lists_and_shows(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_may_be_typed_in_snake_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(["export", "--recipe", "deit_tiny_int8", "-o", str(tmp_path / "out"), "--dry_run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["recipe"] == "deit_tiny_int8"
+
+
+@pytest.mark.parametrize("written", ["off", "no", "false", "0", "[]"])
+def test_what_is_switched_off_is_not_switched_on(written: str, tmp_path: Path) -> None:
+    """YAML reads `off` as false; a technique with its defaults is the opposite of what was meant."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"steps:\n  - tome: {written}\n  - train: {{steps: 1}}\n")
+    with pytest.raises(FileProblems, match=r"steps\.0\.tome"):
+        load_recipe(str(path))
+    path.write_text("steps:\n  - tome:\n  - train: {steps: 1}\n")
+    assert load_recipe(str(path)).steps[0][0] == "tome"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("name: {{ name }}\n", "no word or number"), ("description: 2024-02-30\n", "day"), ("a: 1\na: 2\n", "twice")]
+)
+def test_odd_yaml_is_one_line(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_a_mapping_can_be_merged_into_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: &m {img_size: 32, patch_size: 4}\n")
+    text = "data: {name: cifar10}\nsteps:\n  - train: &t {steps: 2}\n  - train: {<<: *t, lr: 1.0e-3}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "mine.yaml")).steps[1][1].steps == 2  # type: ignore[attr-defined]

@@ -84,9 +84,13 @@ class FileProblems(UsageError):  # noqa: N818 - several errors, not one
         return "\n".join(str(problem) for problem in self.problems)
 
 
-def extra_missing(what: str, extra: str) -> UnavailableError:
+class ExtraMissingError(UnavailableError):
+    """A package that an extra of vitedge installs."""
+
+
+def extra_missing(what: str, extra: str) -> ExtraMissingError:
     """The error for a command whose optional dependencies are not installed."""
-    return UnavailableError(
+    return ExtraMissingError(
         what,
         expected=f"the packages of the [{extra}] extra",
         found="they are not installed",

@@ -58,6 +58,7 @@ class Pipeline:
         weights_option: `--weights`.
         overwrite: Whether a folder with other files in it may be built in.
         tensorboard: Whether training also writes TensorBoard files.
+        download: Whether a data set that is not here may be fetched; a dry run fetches nothing.
 
     Raises:
         UsageError: The folder holds something else, or data or weights that are needed cannot be found.
@@ -72,9 +73,10 @@ class Pipeline:
         weights_option: str | None = None,
         overwrite: bool = False,
         tensorboard: bool = False,
+        download: bool = True,
     ) -> None:
         self.recipe, self.device, self.root = recipe, device, root
-        self.data_option, self.weights_option, self.tensorboard = data_option, weights_option, tensorboard
+        self.data_option, self.weights_option, self.tensorboard, self.download = data_option, weights_option, tensorboard, download
         self.manifest = Manifest.readable(root) if overwrite else Manifest.load(root)
         if root.exists() and not root.is_dir():
             raise UsageError(str(root), expected="a folder to build in", found="a file", fix="choose another folder with -o")
@@ -100,7 +102,7 @@ class Pipeline:
         """
         needed = bool(self.recipe.steps) or self.data_option is not None or self.weights.kind != "builtin"
         if needed:
-            return datasets.find(self.recipe.data.name, self.data_option)
+            return datasets.find(self.recipe.data.name, self.data_option, download=self.download)
         try:
             return datasets.find(self.recipe.data.name, None, download=False)
         except UsageError:

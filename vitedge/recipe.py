@@ -265,7 +265,8 @@ def _build_entries(entries: Any, key: str, config_of: Callable[[str], type[Secti
             continue
         ((name, settings),) = entry.items()
         try:
-            built.append((str(name), validate(config_of(str(name)), settings or {}, where, prefix=f"{key}.{index}.{name}.")))
+            given = {} if settings is None else settings  # not what is empty in another way: `tome: off` is false, and no default
+            built.append((str(name), validate(config_of(str(name)), given, where, prefix=f"{key}.{index}.{name}.")))
         except FileProblems as error:
             problems.extend(error.problems)
         except UsageError as error:

@@ -7,6 +7,7 @@ An unknown key must be an error that names its path and the nearest known key: a
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -32,8 +33,11 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     mapping: dict[Any, Any] = {}
+    loader.flatten_mapping(node)
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.constructor.ConstructorError(None, None, f"a key that is no word or number: {key}", key_node.start_mark)
         if key in mapping:
             raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", key_node.start_mark)
         mapping[key] = loader.construct_object(value_node, deep=True)
@@ -53,7 +57,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise UsageError(str(path), expected="a readable file", found=str(error.strerror), fix="check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, bytes that are no text
         raise UsageError(str(path), expected="valid YAML", found=str(error), fix="mend the file") from error
     if not isinstance(content, dict):
         raise UsageError(str(path), expected="a mapping of keys to values", found=type(content).__name__, fix="write lines of `key: value`")

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from vitedge.cli import main
 from vitedge.cli._output import progress_bars, time_left
 
 
@@ -110,3 +111,10 @@ def test_a_terminal_shows_the_bar_the_time_left_and_the_text() -> None:
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n").strip().splitlines()[-1]
     found = re.fullmatch(r"train .+ +90% (\d+) s left +loss 1\.904", last.strip())
     assert found and 5 <= int(found[1]) <= 80, last
+
+
+@pytest.mark.parametrize("words", [[], ["devices"], ["recipes"], ["data"]])
+def test_a_group_without_a_command_shows_its_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(words) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "Usage: vitedge" in told.err and "Commands:" in told.err and "error:" not in told.err

@@ -97,6 +97,18 @@ def test_the_shipped_studies_are_listed(capsys: pytest.CaptureFixture[str]) -> N
     assert wanted <= {row["name"] for row in rows} and all(row["description"] for row in rows)
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, kept = one_row(tmp_path, colours), tmp_path / "mine" / "results.csv"
+    kept.parent.mkdir()
+    kept.write_text("a,b")
+    for name in ("mine", "search"):
+        (tmp_path / "search" / "trials").mkdir(parents=True, exist_ok=True)
+        assert run(["study", str(study), "-o", str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err
+        assert "expected an empty folder or one of a study" in err and len(err.splitlines()) == 1
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["results.csv"]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [

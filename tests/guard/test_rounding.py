@@ -25,7 +25,7 @@ from vitedge.graph._run import run_model
 from vitedge.guard import can_guard
 from vitedge.guard.clock import Clock
 from vitedge.guard.judge import Verdict, compare, cross_entropy
-from vitedge.guard.layers import find_layers, open_float, weight_matrix
+from vitedge.guard.layers import Layer, find_layers, open_float, weight_matrix
 from vitedge.guard.rounding import Rounding, Span, round_weight, rounded_product, rounding_of, scale_and_zero, smoothing_factors
 from vitedge.guard.sensitivity import Probe
 from vitedge.model_file import open_artifact
@@ -190,6 +190,38 @@ def test_a_model_with_one_rounded_layer_differs_in_that_layer_alone(tmp_path: Pa
         changed = [n.name for n in rounded.graph.node if n.op_type in ("MatMul", "Gemm", "Conv") and _weight(new, n) != _weight(old, n)]
         assert changed == [layer.name]
     assert model.SerializeToString() == before
+
+
+def test_a_constant_on_the_left_is_rounded_as_an_activation_is(tmp_path: Path) -> None:
+    """Linformer multiplies keys by a learned projection from the left."""
+    projection = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["pixels", "axis"], ["rows"], keepdims=0),
+            helper.make_node("MatMul", ["projection", "rows"], ["projected"], name="left"),
+            helper.make_node("ReduceMean", ["projected", "axis"], ["logits"], keepdims=0),
+        ],
+        "left",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(projection, "projection"), numpy_helper.from_array(np.array([1], np.int64), "axis")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, tmp_path / "model.onnx")
+    probe = Probe(open_artifact(tmp_path / "model.onnx"), model, [Layer("left", "left", "MatMul", "left", "left")], Rounding())
+    x_BCHW = tiny.images(8)
+    (found,) = probe.measure_sqnr(x_BCHW, 8, Clock(1))
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+        scale = (high - low) / 255
+        zero = np.round(-low / scale)
+        return scale * (np.clip(np.round(values / scale) + zero, 0, 255) - zero)
+
+    rows = x_BCHW.astype(np.float64).mean(axis=1)
+    exact = projection.astype(np.float64) @ rows
+    noise = exact - rounded(projection.astype(np.float64)) @ rounded(rows)
+    assert found.sqnr_db == pytest.approx(10 * math.log10((exact**2).sum() / (noise**2).sum()), abs=0.3)
 
 
 def _weight(index: Index, node: onnx.NodeProto) -> Any:

@@ -170,10 +170,10 @@ def test_techniques_see_real_images_where_there_are_some(monkeypatch: pytest.Mon
     # Each is a file of the train folder, with that folder's class.
     pixels = {
         story.contract()([np.asarray(Image.open(path))])[0].tobytes(): name
-        for name in dataset.labels
+        for name in dataset.classes
         for path in (colours / "train" / name).glob("*.png")
     }
-    assert [pixels[image.tobytes()] for image in images] == [dataset.labels[label] for label in labels]
+    assert [pixels[image.tobytes()] for image in images] == [dataset.classes[label] for label in labels]
     assert len({image.tobytes() for image in images}) == 5
     assert len(context.sample(10_000)[0]) == IMAGES < len(dataset.train.labels)
     assert (context.num_classes, context.torch_device) == (3, "cpu") and found.start.total.params == params_of(3)

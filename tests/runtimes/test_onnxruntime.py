@@ -19,6 +19,7 @@ from vitedge.model_file import open_artifact
 from vitedge.runtimes import Target, onnxruntime
 
 CPU = onnxruntime.CPU
+pytestmark = pytest.mark.usefixtures("profiled_elsewhere")
 no_gpu = pytest.mark.skipif(bool(gpus()), reason="this host has a GPU")
 
 

@@ -258,6 +258,27 @@ def test_another_devices_build_takes_the_checkpoint(finished: tuple[Path, Path, 
     assert taken.artifacts["checkpoint.safetensors"].path.stat().st_mtime_ns == stamp
 
 
+def test_what_is_cut_to_a_time_takes_no_other_devices_checkpoint(
+    finished: tuple[Path, Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitedge.study import rows
+
+    plan = plan_of(finished[0], tmp_path / "out")
+    task = replace(next(task for task in plan.tasks if not task.shared), source="tiny-int8")
+    taken: list[Path] = []
+    monkeypatch.setattr(rows, "take_checkpoint", lambda source, root: taken.append(source))
+
+    def no_further(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows, "Pipeline", no_further)
+    for times in (False, True):
+        monkeypatch.setattr(rows, "times_models", lambda recipe, times=times: times)
+        with pytest.raises(KeyboardInterrupt):
+            rows.build_task(plan, task, None, lambda line: None, no_bars)
+        assert len(taken) == 1
+
+
 @pytest.mark.slow
 def test_two_workers_share_the_rows(finished: tuple[Path, Path, list[str]], tmp_path: Path) -> None:
     study, folder, _ = finished

@@ -233,3 +233,38 @@ def test_nothing_inside_the_limits_is_exit_code_3_and_no_winner(made: Made, tmp_
     result = json.loads(done.stdout)
     assert result["winner"] is None and "misses max_size_mib" in done.stderr and not (tmp_path / "out" / "winner.json").exists()
     assert len(result["points"]) == 3 and all(point["misses"]["max_size_mib"] > 0 for point in result["points"])
+
+
+def test_what_cannot_run_here_fails_its_own_trial_and_a_missing_package_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handed back, such a trial would be the next one's again, and the search could never end."""
+    from vitedge.errors import ExtraMissingError, InputError, UnavailableError, extra_missing
+    from vitedge.study import trial
+
+    def fails(error: UnavailableError) -> None:
+        def raises(*args: object) -> None:
+            raise error
+
+        monkeypatch.setattr(trial, "_measure_trial", raises)
+        trial.measure_trial(None, None, load_recipe("deit_tiny_int8"), 0, None)  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match=r"settings that run on this host, found x: expected fp16.*change the space"):
+        fails(UnavailableError("x", expected="fp16", found="none", fix="leave it out"))
+    with pytest.raises(ExtraMissingError, match="pip install"):
+        fails(extra_missing("x", "openvino"))
+
+
+def test_a_winner_that_cannot_be_judged_ends_the_search_all_the_same(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitedge.errors import InputError
+    from vitedge.study import outcome
+
+    def other_bytes(*args: object) -> None:
+        raise InputError("trials/x", expected="the file as it was measured", found="other bytes", fix="search again")
+
+    shutil.copytree(made.folder, tmp_path / "out")
+    monkeypatch.setattr(outcome, "test_winner", other_bytes)
+    assert run(["search", str(made.space), "-o", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["winner"]["test"] == {"reason": "trials/x: expected the file as it was measured, found other bytes; search again"}
+    assert set(found["recipes"]) == set(made.result["recipes"])

@@ -44,6 +44,7 @@ def open_pipeline(
     seed: int | None,
     overwrite: bool,
     tensorboard: bool = False,
+    dry_run: bool = False,
 ) -> Pipeline:
     """The pipeline that the options ask for; a device that is not here is refused before any work."""
     from vitedge.device import load_device, require_accelerator
@@ -56,7 +57,8 @@ def open_pipeline(
         story = story.model_copy(update={"seed": seed})
     profile = load_device(device)
     require_accelerator(profile, probe_host())
-    return Pipeline(story, profile, output or Path("build") / story.name, data, weights, overwrite, tensorboard)
+    folder = output or Path("build") / story.name
+    return Pipeline(story, profile, folder, data, weights, overwrite, tensorboard, download=not dry_run)
 
 
 @contextlib.contextmanager

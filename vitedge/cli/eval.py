@@ -48,6 +48,8 @@ def command(
         raise UsageError(str(path), expected="one model file", found=f"a build folder of {len(candidates)}", fix="name one of its files")
     candidate = candidates[0]
     images = find_images(candidate.folder, data, split, samples)
+    if split == "validation" and candidate.folder is None:
+        say("caution: nothing says which train images this model was not trained on: validation is taken to be a tenth of them")
     host = probe()
     require_accelerator(profile, host)
     uses = [use for use in usable_runtimes(profile, host) if runtime in (None, use[0].runtime)]

@@ -29,7 +29,7 @@ def command(recipe: str, device: str, dry_run: bool, overwrite: bool, as_json: b
     vitedge export --recipe deit_tiny_112_int8            fine-tunes ImageNet weights first
     vitedge export --recipe deit_tiny_112_int8 --dry-run  what would be done, why, and about how long
     """
-    pipeline = open_pipeline(recipe, device=device, overwrite=overwrite, **where)
+    pipeline = open_pipeline(recipe, device=device, overwrite=overwrite, dry_run=dry_run, **where)
     plans, manifest = build(pipeline, dry_run, overwrite)
     plain = {"schema_version": 1, "recipe": pipeline.recipe.name, "build": str(pipeline.root), "stages": plan_json(plans)}
     if manifest is not None:

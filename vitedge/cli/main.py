@@ -94,6 +94,9 @@ def run(args: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except VitedgeError as error:
         return _report(error.exit_code, str(error), args)
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "vitedge"

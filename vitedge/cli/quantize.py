@@ -85,6 +85,8 @@ def command(
     why_none = ""
     try:
         data_source, spec = _alone.find_data(source, data, story)
+        if limit and story is None and not (source.path.parent / "recipe.yaml").is_file():
+            say("caution: the model may have seen the tenth of train that the limit is held on; --recipe says which part it has not")
         pictures = _alone.load_images(source, data_source, spec, images, seed or 0)
     except UsageError as error:
         if data or limit or any(_alone.needs_images(name) for name in schemes):

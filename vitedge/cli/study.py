@@ -69,7 +69,7 @@ def command(
         raise UsageError("vitedge study", expected="a study's name or file", found="none", fix="see `vitedge study --list`")
     plan = _plan(study, output, Options(devices, data, weights, Budget.parse(budget), only))
     if dry_run:
-        return _show_plan(plan, as_json)
+        return _show_plan(plan, storage, as_json)
     return _run(plan, storage, retry_failed, as_json)
 
 
@@ -99,13 +99,13 @@ def _list(as_json: bool) -> int:
     return 0
 
 
-def _show_plan(plan: Plan, as_json: bool) -> int:
+def _show_plan(plan: Plan, storage: str | None, as_json: bool) -> int:
     """What would be done, what rows share, and about how long and how large it gets."""
     from vitedge.study.available import find_unavailable
     from vitedge.study.estimate import estimate_measuring, estimate_task
 
     unavailable = find_unavailable(plan)
-    states = _states(plan)
+    states = _states(plan, storage)
     shown = [(task, states.get(task.key, "waiting"), estimate_task(plan, task)) for task in plan.tasks]
     measuring = {device.name: estimate_measuring(plan, device) for _, device in plan.devices if device.name not in unavailable}
     building = sum(guess.seconds for task, state, guess in shown if state != "done" and task.device not in unavailable)
@@ -145,16 +145,16 @@ def _show_plan(plan: Plan, as_json: bool) -> int:
     return 0
 
 
-def _states(plan: Plan) -> dict[str, str]:
-    """How far each task is, where the study was begun in its folder; a dry run makes no storage."""
+def _states(plan: Plan, storage: str | None) -> dict[str, str]:
+    """How far each task is, where the study was begun in its folder or in a storage of its own; a dry run makes no file."""
     from vitedge.study.storage import STORAGE_FILE
 
-    if not (plan.folder / STORAGE_FILE).is_file():
+    if storage is None and not (plan.folder / STORAGE_FILE).is_file():
         return {}
     from vitedge.study.queue import Queue
     from vitedge.study.rows import is_built
 
-    with Queue(plan.folder, None, plan.spec.name) as queue:
+    with Queue(plan.folder, storage, plan.spec.name) as queue:
         states = {key: state.name for key, state in queue.states().items()}
     gone = [task.key for task in plan.tasks if states.get(task.key) == "done" and not is_built(plan, task)]
     return {**states, **dict.fromkeys(gone, "waiting")}

@@ -40,7 +40,7 @@ def command(recipe: str, dry_run: bool, overwrite: bool, as_json: bool, processe
     from vitedge import launch
     from vitedge.pipeline import require_torch
 
-    pipeline = open_pipeline(recipe, overwrite=overwrite, tensorboard=tensorboard, **where)
+    pipeline = open_pipeline(recipe, overwrite=overwrite, tensorboard=tensorboard, dry_run=dry_run, **where)
     if processes > 1 and not dry_run:
         if pipeline.plan("checkpoint")[0].action == "run":  # what is wrong is said here, once
             require_torch("vitedge train")

@@ -86,6 +86,10 @@ class Probe:
             for name in watched:
                 span = Span.of(values[name])
                 self._spans[name] = self._spans[name].union(span) if name in self._spans else span
+        # A constant on the left of a product, a learned projection for one, is rounded as an activation is.
+        left = {self._nodes[layer.rounded].input[0] for layer in self.layers}
+        found = {name: self._index.constant(name) for name in left}
+        self._spans |= {name: Span.of(constant) for name, constant in found.items() if constant is not None}
         return [Sensitivity(layer, self._sqnr(layer, values)) for layer in self.layers]
 
     def measure_losses(self, found: Sequence[Sensitivity], judge: Judge, clock: Clock) -> list[Sensitivity]:

@@ -49,7 +49,7 @@ class StepCost:
     Attributes:
         index: Its position in `steps`.
         name: `train`, or the technique.
-        outcome: `done` | `not trained` | `left out`.
+        outcome: `done` | `not trained` | `left out` | `refused`.
         says: Plain sentences: what it changes and by how much, what it makes larger or slower; why it is left out.
         after: The model after it; None where it did not act.
         seconds: It took.

@@ -191,7 +191,8 @@ class QuantizedLinear(nn.Module):  # type: ignore[misc]  # the library carries n
         """Products of integers, summed as integers and scaled once, as the runtimes' kernels do: (..., I) to (..., O).
 
         Sums of scaled products would differ from those in their last bits, and in the next rounding now and then by a step.
-        float32 holds the integers exactly up to 2^24, which takes more than a thousand products of the largest 8-bit values.
+        float32 holds the integers exactly up to 2^24: more than 500 products of the largest
+        8-bit values; a wider layer would need most of its inputs and weights at their ends to lose the last bit.
         """
         inputs, weight = cast(ActivationQuantizer, self.inputs), cast(IntegerWeight, self.weight)
         values_IO = weight.values.to(rounded.dtype) - weight.zero_point.to(rounded.dtype)

@@ -277,23 +277,15 @@ def _executed(artifact: Artifact, target: Target, symbol: str, shape: tuple[int 
         "symbol": symbol,
         "shape": [has or wanted for has, wanted in zip(shape, free, strict=True)],
     }
-    code = "import sys; from vitedge.runtimes.onnxruntime import profile; profile(*sys.argv[1:])"
     folder = Path(tempfile.gettempdir())
     with saying_where(folder), tempfile.TemporaryDirectory(prefix="vitedge-profile-") as temporary:
-        done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(request), temporary],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        failure = _profile_elsewhere(json.dumps(request), temporary)
         found = sorted(Path(temporary).glob("*.json"))
-        if done.returncode or not found:
-            last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+        if failure or not found:
             raise WorkerError(
                 str(artifact.path),
                 expected="a profile of one inference",
-                found=f"exit code {done.returncode}: {last[:200]}",
+                found=failure or "none",
                 fix="check that the file is still there and that memory is free",
             )
         events = json.loads(found[0].read_text(encoding="utf-8"))
@@ -302,8 +294,22 @@ def _executed(artifact: Artifact, target: Target, symbol: str, shape: tuple[int 
     return [{**event["args"], "node_name": event["name"].removesuffix(end)} for event in kernels]
 
 
+def _profile_elsewhere(request: str, folder: str) -> str:
+    """`profile` in a process of its own, so that this one's memory stays what is measured; why it failed, empty where it did not."""
+    code = "import sys; from vitedge.runtimes.onnxruntime import profile; profile(*sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, request, folder],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    return f"exit code {done.returncode}: {last[:200]}" if done.returncode else ""
+
+
 def profile(request: str, folder: str) -> None:
-    """Run one inference under ONNX Runtime's profiler and leave its JSON in `folder`; what `_executed` starts."""
+    """Run one inference under ONNX Runtime's profiler and leave its JSON in `folder`."""
     import onnxruntime
 
     asked = json.loads(request)

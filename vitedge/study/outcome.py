@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from vitedge.artifact import read_json, write_json, write_text
-from vitedge.errors import InputError
+from vitedge.errors import InputError, VitedgeError
 from vitedge.evaluate import paired_interval
 from vitedge.recipe import Recipe
 from vitedge.study.folder_lock import held
@@ -105,9 +105,6 @@ def finish(shop: Workshop, reference: Reference, read: Callable[[], list[Record]
         read: Gives all trials as they are now; another worker may have ended one while this one waited.
         ended: Why this worker ended.
         bars: Gives progress bars by name.
-
-    Raises:
-        VitedgeError: The winner's file cannot be built again.
     """
     from filelock import FileLock
 
@@ -124,7 +121,10 @@ def finish(shop: Workshop, reference: Reference, read: Callable[[], list[Record]
             )
         elif winner is not None:
             with bars() as bar:
-                test = test_winner(shop, reference, winner, records, bar)
+                try:
+                    test = test_winner(shop, reference, winner, records, bar)
+                except VitedgeError as error:  # what was found stands all the same
+                    test = {"reason": str(error)}
         return write_result(shop, reference, records, ended, test, recipes)
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vitedge import data as datasets
 from vitedge.errors import UsageError
 from vitedge.study.budget import build_seconds
 from vitedge.study.definition import Definition, load_search
 from vitedge.study.outcome import RESULT
+from vitedge.study.plan import BUILDS
 from vitedge.study.space import Dimension, options
 from vitedge.study.storage import STORAGE_FILE
 from vitedge.study.workshop import TRIALS, open_workshop
@@ -64,7 +66,7 @@ class SearchRequest:
         folder = self.folder or Path("build") / "searches" / definition.search.name
         if folder.is_dir():
             names = {name for name in os.listdir(folder) if not name.startswith(".")}
-            if not names or {STORAGE_FILE, TRIALS, RESULT} & names:
+            if not names or ({STORAGE_FILE, TRIALS, RESULT} & names and BUILDS not in names):
                 return folder
         elif not folder.exists():
             return folder
@@ -86,6 +88,7 @@ def forecast(request: SearchRequest, say: Callable[[str], None]) -> dict[str, An
     definition = request.definition()
     search, space = definition.search, definition.space
     shop = open_workshop(definition, request.root(definition), request.data, request.weights, say)
+    datasets.find(definition.base.data.name, request.data, download=False)  # a dry run fetches nothing
     shop.identity()  # finds data and weights, or says what is missing
     measure = search.measure
     row = measure.rounds * (measure.seconds + _PROCESS_S) + (measure.samples or _ALL_IMAGES) / _IMAGES_PER_S

@@ -13,6 +13,7 @@ from vitedge.bench.host_lock import working
 from vitedge.device import Device
 from vitedge.errors import InputError
 from vitedge.pipeline import Bar, Pipeline
+from vitedge.stage import times_models
 from vitedge.study.folder_lock import held
 from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
 
@@ -40,7 +41,7 @@ def build_task(plan: Plan, task: Task, data: str | None, say: Callable[[str], No
     device = _device(plan, task)
     with held(root, say), working("build", say), saying_where(root):
         (root / STAMP).unlink(missing_ok=True)  # until it is built, the folder is nobody's
-        if task.source:
+        if task.source and not times_models(task.recipe):  # what is cut to a time is cut for its own device
             take_checkpoint(root.parent / task.source, root)
         pipeline = Pipeline(task.recipe, device, root, data, task.weights)
         plans = pipeline.plan(CHECKPOINT_STAGE if task.shared else None)
@@ -75,7 +76,8 @@ def _short(notes: Any) -> dict[str, Any]:
 def take_checkpoint(source: Path, root: Path) -> None:
     """Copy the checkpoint of the same row's build for another device, so that nothing is trained twice.
 
-    Only the int8 files depend on the device. Does nothing where there is no checkpoint, or this folder has the same one already.
+    For recipes of which only the int8 files depend on the device. Does nothing where there is no checkpoint, or this folder has
+    the same one already.
 
     Raises:
         InputError: A manifest is damaged.

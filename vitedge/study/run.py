@@ -22,10 +22,13 @@ from vitedge.study.available import require_one
 from vitedge.study.estimate import estimate_measuring, estimate_task
 from vitedge.study.measure import Built, find_built, measure_device, measure_key, measurements_file
 from vitedge.study.origins import find_origins
-from vitedge.study.plan import Plan, Task
+from vitedge.study.outcome import RESULT as SEARCHED
+from vitedge.study.plan import BUILDS, Plan, Task
 from vitedge.study.queue import Claim, Queue, State
-from vitedge.study.results import collect, write_results
+from vitedge.study.results import RESULTS, collect, write_results
 from vitedge.study.rows import build_task, is_built
+from vitedge.study.storage import STORAGE_FILE
+from vitedge.study.workshop import TRIALS
 
 Bars = Callable[[], AbstractContextManager[Bar]]
 POLL_S = 1.0
@@ -54,6 +57,7 @@ def run_study(
         KeyboardInterrupt: Told to end; the task at hand was handed back.
     """
     unavailable = require_one(plan)
+    _check_folder(plan.folder)
     with Queue(plan.folder, url, plan.spec.name) as queue:
         data = find_data(plan)
         _hold(plan, queue, data)
@@ -65,6 +69,15 @@ def run_study(
         path = write_results(plan, content)
     wanted = {**worker.names, **{key: "" for _, key in worker.measuring(states)}}
     return content, path, [states[key] for key in wanted if key in states and states[key].name == "failed"]
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder of something else: its files could be written over."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    if (names and not names & {BUILDS, STORAGE_FILE, RESULTS}) or names & {TRIALS, SEARCHED}:
+        raise UsageError(
+            str(folder), expected="an empty folder or one of a study", found="other files", fix="choose another folder with -o"
+        )
 
 
 def _hold(plan: Plan, queue: Queue, data: str | None) -> None:

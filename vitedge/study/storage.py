@@ -115,8 +115,8 @@ def this_host() -> str:
 def reclaim(study: optuna.Study) -> list[int]:
     """Put back what dead workers ran: the trial fails, and one like it waits again.
 
-    A trial of this host is put back when the process that signed it is gone, one that nobody signed after 30 s, one of
-    another host when its heartbeat is older than three minutes. A worker calls it between trials.
+    A trial of this host is put back when the process that signed it is gone, one that nobody signed after 30 s, and any, whose host
+    cannot be asked or whose process sleeps, when its heartbeat is older than three minutes. A worker calls it between trials.
 
     Returns:
         Numbers of the trials that were put back.

@@ -22,7 +22,7 @@ from vitedge.bench.rows import Candidate, PlannedRow, nothing_runs, plan_rows
 from vitedge.bench.session import time_rows
 from vitedge.bench.timing import TimingSettings
 from vitedge.device import mismatches, usable_runtimes
-from vitedge.errors import InputError, UnavailableError, UsageError, VitedgeError
+from vitedge.errors import ExtraMissingError, InputError, UnavailableError, UsageError, VitedgeError
 from vitedge.evaluate import Quality, paired_interval
 from vitedge.host import probe_host
 from vitedge.recipe import Recipe
@@ -186,13 +186,20 @@ def measure_trial(shop: Workshop, reference: Reference, recipe: Recipe, number: 
     """Build a trial's recipe and measure its files; the caller holds the trial's folder.
 
     Raises:
+        ExtraMissingError: A package is missing that these settings need.
         VitedgeError: It cannot be built, or none of its files can be timed and judged.
     """
-    candidates = build(shop, recipe, trial_root(shop.folder, recipe), bar)
     try:
-        rows, unplanned = plan(shop, candidates, shop.definition.search.measure.artifacts)
-    except UnavailableError as error:  # of these settings alone: the baseline runs here
-        raise InputError(recipe.name, expected="a file that runs on the device", found=str(error), fix="change the space") from error
+        return _measure_trial(shop, reference, recipe, number, bar)
+    except ExtraMissingError:
+        raise
+    except UnavailableError as error:  # of these settings alone, for the baseline runs here: a precision, a compiler, a provider
+        raise InputError(recipe.name, expected="settings that run on this host", found=str(error), fix="change the space") from error
+
+
+def _measure_trial(shop: Workshop, reference: Reference, recipe: Recipe, number: int, bar: Bar) -> Measured:
+    candidates = build(shop, recipe, trial_root(shop.folder, recipe), bar)
+    rows, unplanned = plan(shop, candidates, shop.definition.search.measure.artifacts)
     with_reference = [reference.fastest, *(planned for planned in rows if key_of(planned) != key_of(reference.fastest))]
     timed = time_alone(shop, with_reference, bar)
     if key_of(reference.fastest) not in timed.measurements:

@@ -19,8 +19,8 @@ from vitedge.bench.quality import Images
 from vitedge.bench.rows import Candidate, check_runtimes
 from vitedge.device import Device, load_device, require_accelerator
 from vitedge.errors import InputError
-from vitedge.host import Host, probe
-from vitedge.pipeline import Pipeline
+from vitedge.host import Host, probe, tool_versions
+from vitedge.pipeline import STAGE_VERSIONS, Pipeline
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe
 from vitedge.stage import artifact_name, trained_scheme
@@ -28,6 +28,7 @@ from vitedge.study.definition import Definition
 from vitedge.study.point import limits_of
 
 TRIALS = "trials"
+TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
 HOST_FACTS = ("arch", "cpu", "isa", "usable_cores", "gpus")  # that decide speed
 Bar = Callable[[str], Progress]
 
@@ -110,6 +111,8 @@ class Workshop:
             # Ratios of one kind of host say nothing of another's, and a newer engine is another baseline.
             [getattr(self.host, name) for name in HOST_FACTS],
             {name: [said.version, list(said.providers)] for name, said in self.host.engines.items()},
+            # What builds the files: another version of it builds another baseline under trials that were compared with this one.
+            [tool_versions(list(TOOLS)), STAGE_VERSIONS],
         )
 
 
