@@ -39,6 +39,26 @@ def test_every_command_is_in_the_readme_and_has_help(name: str) -> None:
     assert all(option.help for option in command.params if isinstance(option, click.Option))
 
 
+def test_every_line_of_the_readme_that_calls_vitedge_is_a_call_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in plain blocks are not run, for they take hours, data or a board."""
+    import click
+
+    lines: list[str] = re.findall(r"^(?:\$ )?(vitedge .*)$", README, flags=re.M)
+    assert len(lines) > 30
+    for line in lines:
+        words = shlex.split(line.split("#")[0])[1:]
+        command, context = cli, click.Context(cli, info_name="vitedge")
+        while isinstance(command, click.Group):
+            found = command.get_command(context, words[0])
+            assert found is not None, line
+            command, words, context = found, words[1:], click.Context(found, info_name=words[0], parent=context)
+        # Files named are the reader's own.
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Path):
+                monkeypatch.setattr(parameter.type, "exists", False)
+        command.make_context(line, words, parent=context.parent)
+
+
 def test_links_lead_somewhere() -> None:
     for page in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / page).read_text(encoding="utf-8")

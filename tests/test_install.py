@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.made import make_build, write_profile
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -101,28 +103,17 @@ def test_a_missing_extra_is_one_line_with_the_pip_command(bare_site: Path, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_a_bench_of_an_onnx_file_works_without_extras(bare_site: Path, tmp_path: Path) -> None:
-    from tests.tiny import write_tiny_onnx
-
-    write_tiny_onnx(tmp_path / "model.onnx")
-    done = vitedge(
-        bare_site,
-        "bench",
-        "model.onnx",
-        "--device",
-        "cpu",
-        "--runtime",
-        "onnxruntime",
-        "--rounds",
-        "2",
-        "--seconds",
-        "0.1",
-        "--no-top1",
-        "--json",
-        cwd=str(tmp_path),
-    )
+def test_a_board_measures_packages_and_verifies_a_copied_build_without_extras(bare_site: Path, tmp_path: Path) -> None:
+    make_build(tmp_path / "build" / "tiny")
+    device = ["--device", str(write_profile(tmp_path / "board.yaml", batch_sizes=[1]))]
+    bench = ["bench", "build/tiny", *device, "--rounds", "2", "--seconds", "0.1", "--no-top1", "--json"]
+    done = vitedge(bare_site, *bench, cwd=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["measurements"][0]["iterations_per_s"] > 0
+    assert [row["iterations_per_s"] > 0 for row in json.loads(done.stdout)["measurements"]] == [True, True]
+    for command in (["package", "build/tiny", *device, "-o", "tiny.zip"], ["verify", "tiny.zip"]):
+        done = vitedge(bare_site, *command, cwd=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+    assert "ok  golden: " in done.stderr
 
 
 def test_help_costs_little_more_than_click() -> None:

@@ -28,21 +28,22 @@ def one_row(folder: Path, data: Path) -> Path:
 
 def test_a_whole_study_as_json_and_again_as_a_table(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("optuna")
-    study = one_row(tmp_path, colours)
-    assert run(["study", str(study), "--json"]) == 0
+    study, storage = one_row(tmp_path, colours), ["--storage", f"sqlite:///{tmp_path / 'shared.db'}"]
+    assert run(["study", str(study), *storage, "--json"]) == 0
     captured = capsys.readouterr()
     content = json.loads(captured.out)
     assert content == json.loads(Path("build/studies/tiny/results.json").read_text())
     (row,) = content["rows"]
     assert row["measurements"] and not row["failure"] and content["budget"] == ""
     assert "trained, shared: begun" in captured.err and "about" in captured.err
-    assert run(["study", str(study)]) == 0
+    assert run(["study", str(study), *storage]) == 0
     captured = capsys.readouterr()
     assert "untouched" in captured.out and "begun" not in captured.err
     assert "vitedge report build/studies/tiny" in captured.err
-    assert run(["study", str(study), "--dry-run"]) == 0
+    assert (tmp_path / "shared.db").is_file() and not Path("build/studies/tiny/study.db").exists()
+    assert run(["study", str(study), *storage, "--dry-run"]) == 0
     assert "Tiny / untouched on board: done" in capsys.readouterr().out
-    assert run(["study", str(study), "--budget", "0.5"]) == 2
+    assert run(["study", str(study), *storage, "--budget", "0.5"]) == 2
     assert "begun with: all of the work, found 50 % of the steps" in capsys.readouterr().err
 
 

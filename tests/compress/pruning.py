@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from timm.layers import RmsNorm
 from torch import nn
 
 from tests.compress import made
@@ -108,14 +109,18 @@ def zeroed(model: nn.Module, kept: dict[tuple[str, str], torch.Tensor]) -> nn.Mo
 
 
 class NormOfSome(nn.Module):
-    """LayerNorm that counts some channels only, and gives 0 on the others: what a narrower residual stream sees."""
+    """LayerNorm, or RmsNorm, that counts some channels only, and gives 0 on the others: what a narrower residual stream sees."""
 
-    def __init__(self, norm: nn.LayerNorm, kept: torch.Tensor) -> None:
+    def __init__(self, norm: Any, kept: torch.Tensor) -> None:
         super().__init__()
         self.norm, self.kept = norm, kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        some = F.layer_norm(x[..., self.kept], (len(self.kept),), self.norm.weight[self.kept], self.norm.bias[self.kept], self.norm.eps)
+        weight, part = self.norm.weight[self.kept], x[..., self.kept]
+        if isinstance(self.norm, nn.LayerNorm):
+            some = F.layer_norm(part, (len(self.kept),), weight, self.norm.bias[self.kept], self.norm.eps)
+        else:
+            some = part * torch.rsqrt(part.square().mean(-1, keepdim=True) + self.norm.eps) * weight
         full = torch.zeros_like(x)
         full[..., self.kept] = some
         return full
@@ -125,7 +130,7 @@ def with_narrow_norms(model: Any, kept: torch.Tensor) -> nn.Module:
     """A copy whose every norm of the residual stream counts the kept channels only; all else as it is."""
     masked = copy.deepcopy(model)
     for name, module in list(masked.named_modules()):
-        if isinstance(module, nn.LayerNorm) and len(module.weight) == EMBED:
+        if isinstance(module, (nn.LayerNorm, RmsNorm)) and len(module.weight) == EMBED:
             parent, _, leaf = name.rpartition(".")
             setattr(masked.get_submodule(parent), leaf, NormOfSome(module, kept))
     return masked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -128,11 +129,18 @@ def test_the_forward_shape_is_kept(name: str, student: CheckpointMeta, builds: P
     json.dumps(compressed.notes)
 
 
+@pytest.fixture(scope="module")
+def rounding(tmp_path_factory: pytest.TempPathFactory) -> dict[str, nn.Module]:
+    """By technique: a model that learns to round by it; calibrating each anew is what would take time."""
+    folder = tmp_path_factory.mktemp("rounding")
+    return {first: apply(first, folder, VITS[0], model_of(VITS[0])).model for first in QUANTIZING}
+
+
 @pytest.mark.parametrize("first", QUANTIZING)
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_a_model_that_learns_to_round_is_left_alone_or_refused(name: str, first: str, builds: Path) -> None:
+def test_a_model_that_learns_to_round_is_left_alone_or_refused(name: str, first: str, builds: Path, rounding: dict[str, nn.Module]) -> None:
     """Between a quantizing technique and its conversion nothing may take its layers away without a word."""
-    model = apply(first, builds, VITS[0], model_of(VITS[0])).model
+    model = copy.deepcopy(rounding[first])
     before = {key: (type(module), id(module)) for key, module in model.named_modules()}
     try:
         after = apply(name, builds, VITS[0], model).model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -152,12 +153,21 @@ def test_the_float_twin_has_no_gates_and_they_are_not_quantized(builds: Path, co
 
 
 def test_another_teacher_is_another_student(builds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "teacher").mkdir()
-    first = (builds / "teacher" / "checkpoint.safetensors").read_bytes()
-    (tmp_path / "teacher" / "checkpoint.safetensors").write_bytes(first)
-    assert run(["train", "--recipe", str(builds / "student.yaml"), "-o", str(tmp_path / "student"), "--dry-run", "--json"]) == 0
-    (tmp_path / "teacher" / "checkpoint.safetensors").unlink()
-    capsys.readouterr()
+    shutil.copytree(builds / "student", tmp_path / "student")
+    shutil.copytree(builds / "teacher", tmp_path / "teacher")
+
+    def planned() -> tuple[str, str]:
+        assert run(["train", "--recipe", str(builds / "student.yaml"), "-o", str(tmp_path / "student"), "--dry-run", "--json"]) == 0
+        (stage,) = json.loads(capsys.readouterr().out)["stages"]
+        return stage["action"], stage["reason"]
+
+    assert planned() == ("reuse", "nothing changed")
+    teacher = tmp_path / "teacher" / "checkpoint.safetensors"
+    content = bytearray(teacher.read_bytes())
+    content[-1] ^= 1
+    teacher.write_bytes(content)
+    assert planned() == ("run", "files changed")
+    teacher.unlink()
     assert run(["train", "--recipe", str(builds / "student.yaml"), "-o", str(tmp_path / "student")]) == 2
     assert "vitedge train --recipe" in capsys.readouterr().err
 
