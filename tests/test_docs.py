@@ -96,9 +96,11 @@ def test_make_and_ci_do_what_the_readme_says() -> None:
 
 # Loaded by every Python that starts with its folder on the path.
 NO_NETWORK = """
-import socket
+import os, socket
 
 def refused(host, *rest, **more):
+    with open(os.environ["HOSTS_ASKED_FOR"], "a") as log:
+        print(host, file=log)
     raise socket.gaierror(f"name lookup of {host!r}: there is no network here")
 
 socket.getaddrinfo = socket.gethostbyname = socket.gethostbyname_ex = refused
@@ -121,7 +123,8 @@ def test_the_readmes_commands_run(measuring: str, tmp_path: Path) -> None:
     binaries = str(Path(sys.executable).parent)
     paths = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
     paths["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tmp_path / "offline"), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **paths, "CI": "1"}
+    asked_for = tmp_path / "offline" / "hosts"
+    environment = {**os.environ, **paths, "CI": "1", "HOSTS_ASKED_FOR": str(asked_for)}
     assert "VITEDGE_DATA" not in environment and "VITEDGE_WEIGHTS" not in environment
     lookup = [sys.executable, "-c", "import socket; socket.getaddrinfo('example.org', 80)"]
     assert "there is no network here" in subprocess.run(lookup, capture_output=True, text=True, env=environment).stderr
@@ -141,6 +144,7 @@ def test_the_readmes_commands_run(measuring: str, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         tables += [done.stdout] if words[:2] == ["vitedge", "bench"] else []
+    assert asked_for.read_text().split() == ["example.org"], "nothing is reported anywhere, nor fetched unasked"
     assert "model.int8_dynamic.onnx" in tables[0] and "model.int8_static.onnx" in tables[0]
 
 
