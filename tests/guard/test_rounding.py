@@ -138,6 +138,29 @@ def test_layers_are_those_that_the_file_quantizes(library: str, scheme: str, tmp
     assert quantized(fewer) == 1 and find_layers(model, fewer, config) == [layers[1]]
 
 
+def test_products_that_an_ir_computes_in_float_are_no_layers_to_leave_in_float(tmp_path: Path) -> None:
+    """Weights alone in integers: both products of attention stay as they are."""
+    weight = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("ReduceMean", ["pixels", "axis"], ["rows"], keepdims=0),
+            helper.make_node("MatMul", ["rows", "weight"], ["keys"], name="linear"),
+            helper.make_node("MatMul", ["rows", "keys"], ["scores"], name="product"),
+            helper.make_node("ReduceMean", ["scores", "axis"], ["logits"], keepdims=0),
+        ],
+        "attention",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 8])],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(np.array([1], np.int64), "axis")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    asked = guard_job(tmp_path, "openvino", "int8_weights", {})
+    onnx.save(model, tmp_path / "attention.onnx")
+    source = open_artifact(tmp_path / "attention.onnx")
+    built = plugins.load("quantize", "openvino").quantize(replace(asked.job, source=source))
+    assert [layer.name for layer in find_layers(open_float(source), built, asked.job.config)] == ["linear"]
+
+
 def quantized(artifact: Artifact) -> int:
     return sum(count for kind, count in artifact.notes["node_counts"].items() if kind.startswith("int"))
 

@@ -22,6 +22,10 @@ from vitedge.inspect.onnx_layers import find_layers as find_products
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 _MOVES = ("Reshape", "Transpose", "Cast", "Squeeze", "Unsqueeze")
+# Of an IR: what only moves or scales a value, what multiplies, and how a Const of integers calls its type.
+_IR_MOVES = ("Convert", "Multiply", "Subtract", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Split", "VariadicSplit")
+_IR_PRODUCTS = ("MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention")
+_IR_INTEGERS = ("i8", "u8", "i4", "u4", "nf4")
 
 
 @dataclass(frozen=True)
@@ -119,17 +123,38 @@ def _reads_integers(index: Index, node: onnx.NodeProto) -> bool:
 
 
 def _openvino_names(built: Artifact, source: Index) -> Any:
-    """Names of a node in an IR, read from its .xml: the product's own, its product without bias, or its attention node."""
-    kinds = {layer.get("name", ""): layer.get("type", "") for layer in ElementTree.parse(built.path).getroot().iter("layer")}
+    """Names of a node in an IR: the product's own, its product without bias, or its attention node; None where it computes in float."""
+    kinds = _integer_products(ElementTree.parse(built.path).getroot())
 
     def names(node: onnx.NodeProto) -> tuple[str, str] | None:
         for name in (f"{node.name}/WithoutBiases", node.name):
-            if kinds.get(name) in ("MatMul", "Convolution", "GroupConvolution"):
+            if kinds.get(name, "ScaledDotProductAttention") != "ScaledDotProductAttention":
                 return name, node.name
-        scores = _scores_behind(source, node) if kinds.get(node.name) == "ScaledDotProductAttention" else None
+        scores = _scores_behind(source, node) if node.name in kinds else None
         return (node.name, scores) if scores else None
 
     return names
+
+
+def _integer_products(ir: ElementTree.Element) -> dict[str, str]:
+    """Name and type of the products of an IR that read a rounded value or integer weights."""
+    layers = {layer.get("id", ""): layer for layer in ir.iter("layer")}
+    inputs: dict[str, list[tuple[int, str]]] = {}
+    for edge in ir.iter("edge"):
+        inputs.setdefault(edge.get("to-layer", ""), []).append((int(edge.get("to-port", 0)), edge.get("from-layer", "")))
+
+    def reads_integers(identity: str) -> bool:
+        while layers[identity].get("type") in _IR_MOVES:
+            identity = min(inputs[identity])[1]
+        data = layers[identity].find("data")
+        stored = data.get("element_type", "") if data is not None else ""
+        return layers[identity].get("type") == "FakeQuantize" or stored in _IR_INTEGERS
+
+    return {
+        layer.get("name", ""): layer.get("type", "")
+        for identity, layer in layers.items()
+        if layer.get("type") in _IR_PRODUCTS and any(reads_integers(producer) for _, producer in sorted(inputs[identity])[:2])
+    }
 
 
 def _scores_behind(index: Index, node: onnx.NodeProto) -> str | None:
