@@ -50,9 +50,8 @@ def _model(kind: str, folder: Path) -> Model:
         model = engine.Core().read_model(tiny.write_tiny_onnx(folder / "source.onnx"))
         engine.save_model(model, folder / "model.xml", compress_to_fp16=False)
         return open_artifact(folder / "model.xml"), tiny.logits, tiny.SIZE
-    import torch
-
     import timm
+    import torch
 
     from vitedge.models.build import CheckpointMeta, save_checkpoint
 
