@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/vitedge verify deit_tiny_int8-cpu.zip
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # Trains and measures on real data; needs VITEDGE_DATA and VITEDGE_WEIGHTS.
 slow: $(STAMP)

@@ -15,14 +15,6 @@ from PIL import Image
 from vitedge.runtimes._openvino_import import import_quietly
 
 CLASSES = ("blue", "green", "red")
-# Files whose tests are few and long; begun last, one worker would be at them when the others have ended.
-LONGEST = ("test_docs.py", "study/test_search.py", "study/test_run.py", "train/test_processes.py", "test_pipeline.py", "cli/test_bench.py")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, in the order in which they are named."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
