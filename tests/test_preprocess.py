@@ -230,3 +230,12 @@ def test_a_photograph_is_turned_upright_as_its_note_says() -> None:
     stored = upright.transpose(Image.Transpose.ROTATE_90)
     stored.getexif()[0x0112] = 6
     assert np.array_equal(Preprocessing(size=8).resize_crop(stored), np.asarray(upright))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_are_refused_and_not_clipped(mode: str) -> None:
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    deep = Image.fromarray(np.arange(64).reshape(8, 8).astype(kind) * 1000)
+    assert deep.mode == mode
+    with pytest.raises(ValueError, match="more than 8 bits per channel"):
+        Preprocessing(size=8)([deep])

@@ -95,10 +95,15 @@ class Preprocessing:
         """One image to uint8 HWC RGB at the model's size.
 
         Args:
-            image: A Pillow image of any mode, or a uint8 array HWC (RGB) or HW (grey).
+            image: A Pillow image of 8 bits a channel, or a uint8 array HWC (RGB) or HW (grey).
+
+        Raises:
+            ValueError: More than 8 bits a channel, which nothing says how to bring down; training refuses those as well.
         """
         # A phone stores a turned photograph as it came off the sensor, with a note to turn it.
         pil = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else Image.fromarray(image)
+        if pil.mode.startswith(("I", "F")):
+            raise ValueError(f"more than 8 bits per channel (mode {pil.mode}); convert it to 8 bits, choosing the range yourself")
         if pil.mode != "RGB":
             pil = pil.convert("RGB")
         resample = Image.Resampling(_FILTERS[self.interpolation])
