@@ -56,7 +56,7 @@ def command(
     on train images that calibration did not see. Exit code 3: a file loses more than --max-top1-drop.
     """
     from vitedge.device import load_device, resolve_rules
-    from vitedge.errors import UnavailableError, UsageError
+    from vitedge.errors import UsageError
     from vitedge.host import probe_host
     from vitedge.model_file import open_artifact
     from vitedge.quantize import _alone
@@ -72,14 +72,7 @@ def command(
     host = probe_host()
     profile = load_device(device)
     rules, threads = resolve_rules(profile, host), profile.threads or host.usable_cores
-    skipped: dict[str, str] = {}
-    for name, _ in chosen:
-        try:
-            _alone.check_installed(name)
-        except UnavailableError as error:
-            if schemes:  # asked for by name
-                raise
-            skipped[name] = str(error)
+    skipped = _not_installed([name for name, _ in chosen], asked_for=bool(schemes))
     todo = [(name, config) for name, config in chosen if name not in skipped]
     pictures: TrainImages | None = None
     why_none = ""
@@ -104,6 +97,22 @@ def command(
     for name, reason in skipped.items():
         say(f"not built: {name}: {reason}")
     return show_guards(artifact for _, artifact in built)
+
+
+def _not_installed(names: list[str], asked_for: bool) -> dict[str, str]:
+    """Schemes whose library is not here, each with why; one that was asked for by name is an error."""
+    from vitedge.errors import UnavailableError
+    from vitedge.quantize import _alone
+
+    missing: dict[str, str] = {}
+    for name in names:
+        try:
+            _alone.check_installed(name)
+        except UnavailableError as error:
+            if asked_for:
+                raise
+            missing[name] = str(error)
+    return missing
 
 
 def _guard_config(max_top1_drop: float | None, minutes: float | None) -> GuardConfig | None:
