@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -210,6 +213,23 @@ def test_openvino_runs_in_the_precision_that_was_measured(precision: str, build:
     error = np.abs(expected - reference).max()
     # bf16 keeps 8 bits: an fp32 result would be far closer to the reference than that.
     assert error < 1e-5 if precision == "fp32" else 1e-4 < error < 0.1
+
+
+def test_openvino_in_a_bundle_reports_nothing(build: Path, profile: Path, tmp_path: Path) -> None:
+    """A plain `import openvino` reports itself over the network and leaves an identifier in the home folder."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("openvino_telemetry")
+    fp32 = Manifest.load(build).artifacts["model.fp32.onnx"]
+    write_report(build, [row(fp32.name, fp32.sha256, runtime="openvino", provider="CPU", top1_drop={"points": 0.0})])
+    bundle = make(build, profile, tmp_path / "a.zip")
+    with zipfile.ZipFile(bundle.path) as archive:
+        archive.extractall(tmp_path / "own")
+    (tmp_path / "home").mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path / "home")}
+    command = [sys.executable, str(tmp_path / "own" / "run.py"), "--selftest"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert "in openvino fp32" in done.stdout, done.stderr
+    assert list((tmp_path / "home").iterdir()) == []
 
 
 def test_openvino_ir_travels_as_two_files(build: Path, profile: Path, tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ def open_openvino(path: Path, manifest: dict[str, Any], threads: int) -> Callabl
     Raises:
         RunError: The device is not there, or it would compute in another precision.
     """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # with it, every start is reported to a server
     ov = import_module("openvino", manifest)
     provider, wanted = manifest["provider"], OPENVINO_TYPES[manifest["float_precision"]]
     core = ov.Core()
