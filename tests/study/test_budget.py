@@ -35,6 +35,21 @@ def test_epochs_shrink_too_and_a_step_is_left() -> None:
     assert steps_of(least) == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "share", "every"),
+    [
+        ("deit_tiny_continued", 0.1, [80]),
+        ("deit_tiny_continued", 0.5, [80]),
+        ("deit_tiny_224_nystrom64", 0.5, [200]),
+        ("deit_tiny_prune_svd", 0.3, [40, 60]),
+    ],
+)
+def test_evaluations_shrink_with_the_steps(name: str, share: float, every: list[int]) -> None:
+    """800 steps have ten of them: a tenth of these has one, a half five."""
+    smaller, _ = Budget(share).apply(load_recipe(name))
+    assert [config.evaluate_every for _, config in smaller.steps if isinstance(config, TrainConfig)] == every
+
+
 def test_all_of_the_work_is_the_recipe_itself_without_a_label() -> None:
     recipe = load_recipe("deit_tiny_112_int8")
     assert Budget().apply(recipe) == (recipe, "")

@@ -9,12 +9,12 @@ from typing import Any
 
 from vitedge.errors import UsageError
 from vitedge.recipe import Recipe, TrainConfig
-from vitedge.stage import COMPILING_S, estimate_seconds
+from vitedge.stage import COMPILING_S, TEST_IMAGES, estimate_seconds
 
 MIN_CALIBRATION = 32  # images; with fewer, a range is that of single images
 MIN_SAMPLES = 500  # test images; 95 % of top-1 is then within about 2.5 points
 COMPILING_PAYS = 5  # times its own length: a compiled step takes about four fifths (results/LOG.md)
-TEST_IMAGES, CIFAR_PIXELS = 10_000, 32  # of both CIFARs
+CIFAR_PIXELS = 32  # of both CIFARs
 _MINUTES = re.compile(r"^(\d+(?:\.\d+)?) *(m|min|h)$")
 
 
@@ -23,7 +23,8 @@ class Budget:
     """How much of the work is done.
 
     Attributes:
-        share: Of the training steps, calibration images, guard minutes and test images; above 0, at most 1.
+        share: Of the training steps and the evaluations between them, calibration images, guard minutes and test images; above 0, at
+            most 1.
         minutes: In the place of a share: about how long the work may take; `estimate.fitted` makes a share of it.
     """
 
@@ -73,14 +74,17 @@ class Budget:
             less["guard"] = guard.model_copy(update={"minutes": self.share * guard.minutes})
         shorter = recipe.model_copy(update={"steps": steps, "quantize": recipe.quantize.model_copy(update=less)})
         eager = _eager(shorter)
-        pays = build_seconds(eager, "checkpoint") > COMPILING_PAYS * COMPILING_S
+        pays = build_seconds(eager, "checkpoint", tested=False) > COMPILING_PAYS * COMPILING_S
         return shorter if pays else eager, self.label
 
     def _shorter(self, config: Any) -> Any:
         if not isinstance(config, TrainConfig):
             return config
         if config.steps is not None:
-            return config.model_copy(update={"steps": max(1, round(self.share * config.steps))})
+            # As many evaluations as before would take longer than the steps between them.
+            evaluations = max(1, round(self.share * config.steps / (config.evaluate_every or max(1, config.steps // 10))))
+            steps = max(1, round(self.share * config.steps))
+            return config.model_copy(update={"steps": steps, "evaluate_every": math.ceil(steps / evaluations)})
         return config.model_copy(update={"epochs": self.share * config.epochs})
 
 
@@ -89,12 +93,12 @@ def _eager(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"steps": steps})
 
 
-def build_seconds(recipe: Recipe, only: str | None = None) -> float:
+def build_seconds(recipe: Recipe, only: str | None = None, tested: bool = True) -> float:
     """About how long a recipe takes to build where nothing of it is there, s; `only` counts just that stage."""
     if recipe.model.img_size is None:  # left to the data, which is not read for a guess
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"img_size": CIFAR_PIXELS})})
     stages = ["checkpoint", "export", *(f"quantize {name}" for name, _ in recipe.quantize.schemes)]
-    return sum(estimate_seconds(recipe, stage) for stage in stages if only in (None, stage))
+    return sum(estimate_seconds(recipe, stage, tested) for stage in stages if only in (None, stage))
 
 
 def _wrong(found: str) -> UsageError:

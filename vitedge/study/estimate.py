@@ -12,9 +12,9 @@ from pathlib import Path
 from vitedge.artifact import MANIFEST, Manifest
 from vitedge.device import Device
 from vitedge.recipe import Recipe
-from vitedge.stage import trained_scheme
+from vitedge.stage import TEST_IMAGES, trained_scheme
 from vitedge.study.available import find_unavailable
-from vitedge.study.budget import TEST_IMAGES, Budget, build_seconds
+from vitedge.study.budget import Budget, build_seconds
 from vitedge.study.plan import CHECKPOINT_STAGE, Options, Plan, Task, make_plan
 from vitedge.study.spec import MeasureSpec, StudySpec
 
@@ -51,7 +51,7 @@ def estimate_task(plan: Plan, task: Task) -> Estimate:
         manifest = Manifest.load(root)
         seconds = sum(float(record["seconds"]) for record in manifest.stages.values())
         return Estimate(seconds, sum(artifact.size_bytes for artifact in manifest.artifacts.values()) / 2**20, True)
-    return Estimate(_seconds(task), _mib(task), False)
+    return Estimate(_seconds(plan, task), _mib(task), False)
 
 
 def fitted(spec: StudySpec, folder: Path, options: Options) -> Options:
@@ -75,16 +75,17 @@ def fitted(spec: StudySpec, folder: Path, options: Options) -> Options:
 def _seconds_from_nothing(plan: Plan) -> float:
     """Of a whole study on the devices that are here, nothing of it built."""
     unavailable = find_unavailable(plan)
-    building = sum(_seconds(task) for task in plan.tasks if task.device not in unavailable)
+    building = sum(_seconds(plan, task) for task in plan.tasks if task.device not in unavailable)
     return building + sum(estimate_measuring(plan, device) for _, device in plan.devices if device.name not in unavailable)
 
 
-def _seconds(task: Task) -> float:
+def _seconds(plan: Plan, task: Task) -> float:
     """Of a task of which nothing is there; one that takes over another's checkpoint trains nothing."""
-    training = build_seconds(task.recipe, CHECKPOINT_STAGE)
+    tested = plan.samples is None
+    training = build_seconds(task.recipe, CHECKPOINT_STAGE, tested)
     if task.shared:
         return training
-    return build_seconds(task.recipe) - (training if task.source else 0.0)
+    return build_seconds(task.recipe, tested=tested) - (training if task.source else 0.0)
 
 
 def _mib(task: Task) -> float | None:

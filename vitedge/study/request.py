@@ -93,7 +93,7 @@ def forecast(request: SearchRequest, say: Callable[[str], None]) -> dict[str, An
     measure = search.measure
     row = measure.rounds * (measure.seconds + _PROCESS_S) + (measure.samples or _ALL_IMAGES) / _IMAGES_PER_S
     baseline, trial = (
-        build_seconds(recipe) + row * (extra + len(recipe.quantize.schemes))
+        build_seconds(recipe, tested=False) + row * (extra + len(recipe.quantize.schemes))
         for recipe, extra in ((definition.baseline, 3), (definition.base, 4))
     )
     count = space.count()

@@ -16,6 +16,7 @@ from vitedge.pipeline import Bar, Pipeline
 from vitedge.stage import times_models
 from vitedge.study.folder_lock import held
 from vitedge.study.plan import CHECKPOINT_STAGE, Plan, Task
+from vitedge.study.untested import UntestedPipeline
 
 STAMP = "task.json"  # in a build folder: the key of the task that it was built for
 _QUIET_NOTES = (str, int, float, bool)
@@ -43,7 +44,8 @@ def build_task(plan: Plan, task: Task, data: str | None, say: Callable[[str], No
         (root / STAMP).unlink(missing_ok=True)  # until it is built, the folder is nobody's
         if task.source and not times_models(task.recipe):  # what is cut to a time is cut for its own device
             take_checkpoint(root.parent / task.source, root)
-        pipeline = Pipeline(task.recipe, device, root, data, task.weights)
+        kind = Pipeline if plan.samples is None else UntestedPipeline
+        pipeline = kind(task.recipe, device, root, data, task.weights)
         plans = pipeline.plan(CHECKPOINT_STAGE if task.shared else None)
         manifest = pipeline.run(plans, bar)
         write_json(root / STAMP, {"key": task.key})

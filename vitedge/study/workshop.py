@@ -8,8 +8,7 @@ building to judging, since another one could quantize its files anew. Who holds 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 
 from vitedge import data as datasets
@@ -20,27 +19,18 @@ from vitedge.bench.rows import Candidate, check_runtimes
 from vitedge.device import Device, load_device, require_accelerator
 from vitedge.errors import InputError
 from vitedge.host import Host, probe, tool_versions
-from vitedge.pipeline import STAGE_VERSIONS, Pipeline
+from vitedge.pipeline import STAGE_VERSIONS
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe
 from vitedge.stage import artifact_name, trained_scheme
 from vitedge.study.definition import Definition
 from vitedge.study.point import limits_of
+from vitedge.study.untested import UntestedPipeline
 
 TRIALS = "trials"
 TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
 HOST_FACTS = ("arch", "cpu", "isa", "usable_cores", "gpus")  # that decide speed
 Bar = Callable[[str], Progress]
-
-
-class TrialPipeline(Pipeline):
-    """A pipeline that cannot look at the test split, which training would otherwise do once at its end."""
-
-    @cached_property
-    def dataset(self) -> datasets.Dataset | None:
-        """The images, without those of the test split."""
-        found = super().dataset
-        return replace(found, test=None) if found is not None else None
 
 
 @dataclass(frozen=True)
@@ -88,13 +78,13 @@ class Workshop:
         samples = self.definition.search.measure.samples if split == "validation" else None
         return Images(source, datasets.digest(source), spec, split, samples)
 
-    def pipeline(self, recipe: Recipe, root: Path) -> TrialPipeline:
+    def pipeline(self, recipe: Recipe, root: Path) -> UntestedPipeline:
         """The pipeline of a recipe for this search's target, data and weights.
 
         Raises:
             UsageError: The folder holds something else, or data or weights cannot be found.
         """
-        return TrialPipeline(recipe, self.device, root, self.data, self.weights)
+        return UntestedPipeline(recipe, self.device, root, self.data, self.weights)
 
     def identity(self) -> str:
         """Of everything that decides a figure, hex: trials of another identity cannot be compared with these.
