@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 METADATA_KEY = "vitedge.preprocessing"
 LABELS_KEY = "vitedge.labels"
+# Pillow's own numbers; the enumeration that names them is younger than the Pillow of many boards.
 _FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
 
@@ -106,7 +107,7 @@ class Preprocessing:
             raise ValueError(f"more than 8 bits per channel (mode {pil.mode}); convert it to 8 bits, choosing the range yourself")
         if pil.mode != "RGB":
             pil = pil.convert("RGB")
-        resample = Image.Resampling(_FILTERS[self.interpolation])
+        resample: Any = _FILTERS[self.interpolation]
         if self.crop == "squash":
             if pil.size != (self.size, self.size):
                 pil = pil.resize((self.size, self.size), resample)

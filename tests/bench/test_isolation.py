@@ -74,6 +74,18 @@ def test_a_file_in_the_users_folder_is_not_imported(tmp_path: Path, monkeypatch:
     assert time_in_worker(tiny_row(tmp_path), (1,), QUICK, describe=False)
 
 
+def test_a_relative_cache_is_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The worker runs in another folder; what it decodes once must be where this process looks for it."""
+    spy = tmp_path / "spy"
+    spy.mkdir()
+    told = tmp_path / "told"
+    (spy / "sitecustomize.py").write_text(f"import os; open({str(told)!r}, 'w').write(os.environ['VITEDGE_CACHE'])")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VITEDGE_CACHE", "cache")
+    time_in_worker(tiny_row(tmp_path, environment={"PYTHONPATH": str(spy)}), (1,), QUICK, describe=False)
+    assert told.read_text() == str(tmp_path / "cache")
+
+
 def test_relative_paths_are_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     row = tiny_row(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +115,23 @@ def test_a_terminal_shows_the_bar_the_time_left_and_the_text() -> None:
     last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n").strip().splitlines()[-1]
     found = re.fullmatch(r"train .+ +90% (\d+) s left +loss 1\.904", last.strip())
     assert found and 5 <= int(found[1]) <= 80, last
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed outright, it would leave its temporary files and its children."""
+    left = tmp_path / "left"
+
+    def is_told_to_end() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            left.write_text(folder)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+
+    monkeypatch.setattr("vitedge.host.probe", is_told_to_end)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main.run(["env"]) == 130
+    assert "interrupted" in capsys.readouterr().err and left.is_file() and not Path(left.read_text()).exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("words", [[], ["devices"], ["recipes"], ["data"]])

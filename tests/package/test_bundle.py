@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.homes import watched
 from tests.package.building import artifact_of, make_build, row, write_profile, write_report
 from tests.tiny import CONTRACT, LABELS, logits
 from vitedge.artifact import Artifact, Manifest
@@ -63,6 +64,8 @@ def test_members_and_manifest(build: Path, profile: Path, tmp_path: Path) -> Non
     assert manifest["isa"]["packaged_on"] == sorted(isa_flags())
     assert "synthetic" in manifest["golden"]["source"] and "no_such_data" in manifest["golden"]["source"]
     assert manifest["pip"] in members["README.txt"].decode()
+    wanted = importlib.metadata.metadata(manifest["runtime"])["Requires-Python"]
+    assert f"Install (Python {wanted}):" in members["README.txt"].decode() and manifest["python"] == wanted
 
 
 def test_golden_logits_are_the_float64_references(build: Path, profile: Path, tmp_path: Path) -> None:
@@ -215,20 +218,19 @@ def test_openvino_runs_in_the_precision_that_was_measured(precision: str, build:
     assert error < 1e-5 if precision == "fp32" else 1e-4 < error < 0.1
 
 
-def test_openvino_in_a_bundle_reports_nothing(build: Path, profile: Path, tmp_path: Path) -> None:
-    """A plain `import openvino` reports itself over the network and leaves an identifier in the home folder."""
-    pytest.importorskip("openvino")
-    pytest.importorskip("openvino_telemetry")
+@pytest.mark.parametrize(("runtime", "provider"), [("onnxruntime", "CPUExecutionProvider"), ("openvino", "CPU")])
+def test_an_engine_in_a_bundle_reports_nothing(runtime: str, provider: str, build: Path, profile: Path, tmp_path: Path) -> None:
+    """Imported plainly, both report themselves over the network and leave an identifier in the home folder."""
+    pytest.importorskip(runtime)
     fp32 = Manifest.load(build).artifacts["model.fp32.onnx"]
-    write_report(build, [row(fp32.name, fp32.sha256, runtime="openvino", provider="CPU", top1_drop={"points": 0.0})])
+    write_report(build, [row(fp32.name, fp32.sha256, runtime=runtime, provider=provider, top1_drop={"points": 0.0})])
     bundle = make(build, profile, tmp_path / "a.zip")
     with zipfile.ZipFile(bundle.path) as archive:
         archive.extractall(tmp_path / "own")
-    (tmp_path / "home").mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path / "home")}
+    environment = watched(tmp_path / "home")
     command = [sys.executable, str(tmp_path / "own" / "run.py"), "--selftest"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert "in openvino fp32" in done.stdout, done.stderr
+    assert f"in {runtime} fp32" in done.stdout, done.stderr
     assert list((tmp_path / "home").iterdir()) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import zipfile
@@ -107,6 +108,50 @@ def test_a_file_that_is_no_picture(unpacked: Path) -> None:
     assert "expected a picture" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_picture_whose_notes_are_damaged_is_one_line(unpacked: Path, tmp_path: Path) -> None:
+    """Pillow raises struct.error for it, which is neither an OSError nor a ValueError."""
+    path = tmp_path / "cut.png"
+    Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0II*\0")
+    done = program(unpacked, str(path), "--json")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith(f"error: {path}: expected a picture, found ")
+    assert json.loads(done.stdout)["error"]["exit_code"] == 1
+
+
+def test_an_engine_that_fails_at_a_picture_is_one_line(unpacked: Path) -> None:
+    classifier = runner.Classifier(unpacked)
+
+    def fails(x_BCHW: np.ndarray) -> np.ndarray:
+        raise RuntimeError("out of\nmemory")
+
+    classifier.session = fails
+    with pytest.raises(runner.RunError, match="expected logits, found out of memory; check that memory is free") as caught:
+        classifier.logits(unpacked / "golden" / "00.png")
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_a_containers_quota_limits_the_threads(
+    files: dict[str, str], cores: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert runner.container_cores(tmp_path) == cores
+    monkeypatch.setattr(runner, "container_cores", lambda: 1.0)
+    assert runner.usable_threads({"threads": {"asked": None}}) == 1
+    assert runner.usable_threads({"threads": {"asked": 3}}) == 3
+
+
 def test_a_changed_model_is_not_loaded(own_copy: Path) -> None:
     with (own_copy / "model.onnx").open("ab") as stream:
         stream.write(b"\0")
@@ -160,8 +205,10 @@ def test_what_travels_is_python_3_8_and_imports_nothing_of_vitedge(module: Any) 
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not {name for name in imported if name.split(".")[0] in ("vitedge", "torch")}
-    # Methods and functions that came after 3.8, which parsing does not notice.
-    assert not {"removeprefix", "removesuffix", "is_relative_to"} & {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    # What came after 3.8, which parsing does not notice, and after the Pillow of Debian 11 and Ubuntu 22.04.
+    assert not {"removeprefix", "removesuffix", "is_relative_to", "Resampling"} & {
+        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+    }
 
 
 @pytest.mark.parametrize(

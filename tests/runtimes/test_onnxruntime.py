@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests import tiny
+from tests.homes import watched
 from tests.runtimes import files
 from vitedge.errors import InputError, UnavailableError, WorkerError
 from vitedge.host import gpus
@@ -49,6 +50,24 @@ def test_dynamic_int8_is_int8(tmp_path: Path) -> None:
     facts = onnxruntime.load(open_artifact(files.write_dynamic(tmp_path / "m.onnx")), Target(CPU)).facts
     assert facts.precision == "int8"
     assert facts.node_counts == {"int8": 1, "float": 0, "quantize_left": 0}
+
+
+def test_it_writes_nothing_to_the_home_folder_and_reports_nothing(tmp_path: Path) -> None:
+    """The official builds report to a server and leave an identifier in the home folder, unless they are told not to before they load."""
+    path = files.write_dynamic(tmp_path / "m.onnx")
+    code = (
+        "import sys; from vitedge.model_file import open_artifact; from vitedge.runtimes import Target, onnxruntime\n"
+        "onnxruntime.load(open_artifact(sys.argv[1]), Target('CPUExecutionProvider')).facts"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=watched(tmp_path / "home"))
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_a_file_in_the_users_folder_is_not_imported_by_the_profiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = open_artifact(files.write_dynamic(tmp_path / "m.onnx"))
+    (tmp_path / "numpy.py").write_text("raise SystemExit('imported the wrong numpy')")
+    monkeypatch.chdir(tmp_path)
+    assert onnxruntime.load(artifact, Target(CPU)).facts.precision == "int8"
 
 
 def test_a_half_precision_file_runs_in_fp32_on_the_cpu(tmp_path: Path) -> None:

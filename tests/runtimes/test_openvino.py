@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.homes import watched
 from tests.runtimes import files
 from vitedge.artifact import Artifact
 from vitedge.errors import InputError, UnavailableError
@@ -109,6 +109,5 @@ def test_it_writes_nothing_to_the_home_folder_and_starts_no_telemetry(float_arti
         "openvino.load(open_artifact(sys.argv[1]), Target('CPU')).facts\n"
         "assert 'openvino' in sys.modules and not [name for name in sys.modules if name.startswith('openvino_telemetry')]"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, str(float_artifact.path)], check=True, env=environment)
-    assert list(tmp_path.iterdir()) == []
+    subprocess.run([sys.executable, "-c", code, str(float_artifact.path)], check=True, env=watched(tmp_path / "home"))
+    assert list((tmp_path / "home").iterdir()) == []

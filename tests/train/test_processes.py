@@ -123,7 +123,9 @@ def test_a_killed_process_ends_the_run_and_the_checkpoint_is_good(
 def test_sigterm_stops_all_processes_with_a_state_saved(tmp_path: Path, colours: Path) -> None:
     recipe, out = recipe_of(tmp_path, colours, steps=100_000, checkpoint_every=100_000, evaluate_every=100_000), tmp_path / "out"
     start = [sys.executable, "-m", "vitedge", "train", "--recipe", str(recipe), "-o", str(out), "--processes", "2"]
-    running = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    running = subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env={**ENVIRONMENT, "TMPDIR": str(temporary)})
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
@@ -135,6 +137,7 @@ def test_sigterm_stops_all_processes_with_a_state_saved(tmp_path: Path, colours:
     assert running.returncode == 130, errors
     assert not psutil.wait_procs(workers, timeout=10)[1], "a worker went on"
     assert (out / ".work" / "step0" / "train.state.pt").exists() and "Traceback" not in errors
+    assert not list(temporary.glob("*elastic*")) and not list(temporary.glob("vitedge-launch-*")), "the launcher's logs were left behind"
 
 
 @pytest.mark.slow

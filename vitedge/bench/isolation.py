@@ -20,6 +20,7 @@ from vitedge.bench.records import Row
 from vitedge.bench.timing import TimingSettings
 from vitedge.bench.worker import PREFIX
 from vitedge.errors import VitedgeError, WorkerError
+from vitedge.locations import cache_dir
 from vitedge.progress import Progress, silent
 
 SILENCE_S = 900.0  # a worker that says nothing for this long is taken to hang
@@ -77,7 +78,7 @@ def run_worker(request: dict[str, Any], row: Row, progress: Progress = silent, s
         process = subprocess.Popen(
             [sys.executable, "-m", "vitedge.bench.worker"],
             cwd=root,
-            env={**os.environ, **row.environment},
+            env={**os.environ, "VITEDGE_CACHE": str(cache_dir().absolute()), **row.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -90,7 +94,8 @@ def run(args: list[str]) -> int:
     from vitedge.errors import VitedgeError
 
     try:
-        result: Any = cli.main(args, prog_name="vitedge", standalone_mode=False)
+        with _ending_on_sigterm():
+            result: Any = cli.main(args, prog_name="vitedge", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except VitedgeError as error:
         return _report(error.exit_code, str(error), args)
@@ -112,6 +117,23 @@ def run(args: list[str]) -> int:
         kind = type(error).__name__
         text = " ".join(str(error).split())[:300]
         return _report(1, f"unexpected {kind}: {text} (VITEDGE_DEBUG=1 shows where; please report it with `vitedge env`)", args)
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C: temporary files go, and the row or trial at hand is handed back instead of being found lost."""
+
+    def end(_number: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(code: int, text: str, args: list[str]) -> int:

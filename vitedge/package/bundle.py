@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import platform
 import re
@@ -51,7 +52,7 @@ README_TEXT = """{name}
 
 {chosen}
 
-Install (Python 3.8 or later):   {pip}
+Install (Python {python}):        {pip}
 Classify:                        python run.py picture.png [more pictures] [--top 5] [--json]
 Check it on this device:         python run.py --selftest
 
@@ -239,6 +240,7 @@ def _describe(job: _Job, facts: Facts, golden: Golden, isa: Isa, model: str) -> 
         "threads": Threads(asked=job.device.threads, measured=shipment.target.threads if measured else None),
         "isa": isa,
         "pip": f"pip install numpy Pillow {engine}",
+        "python": _python(engine),
         "tools": {
             **artifact.tools,
             **tool_versions(["numpy", "Pillow"]),
@@ -261,6 +263,14 @@ def _engine(facts: Facts) -> str:
     """The one engine as pip asks for it: the version that made the golden logits, without a build's suffix."""
     on_gpu = facts.runtime == "onnxruntime" and facts.provider != "CPUExecutionProvider"
     return f"{facts.runtime}{'-gpu' if on_gpu else ''}=={re.split('[+-]', facts.version)[0]}"
+
+
+def _python(engine: str) -> str:
+    """Python versions that the engine's package is made for, as pip writes them; the runner itself needs 3.8."""
+    try:
+        return importlib.metadata.metadata(engine.partition("==")[0])["Requires-Python"] or ">=3.8"
+    except importlib.metadata.PackageNotFoundError:
+        return ">=3.8"
 
 
 def _readme(fields: dict[str, Any]) -> str:

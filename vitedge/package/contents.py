@@ -102,6 +102,7 @@ class BundleManifest(Section):
     isa: Isa
     # The line is printed for people to run, so a foreign one must not get through.
     pip: str = Field(pattern=r"^pip install numpy Pillow (onnxruntime|onnxruntime-gpu|openvino)==[0-9][0-9A-Za-z.]*$")
+    python: str = Field(pattern=r"^[0-9<>=!~.,* ]+$")  # versions that the engine's package is made for
     tools: dict[str, str]
     preprocessing: dict[str, Any]
     labels: Literal["labels.txt"]

@@ -5,8 +5,7 @@ the one engine that manifest.json names, on Python 3.8 or later. Before the mode
 file is checked against its sha256, and the processor against the instruction sets the model needs:
 int8 products that saturate give wrong classes, not errors.
 
-Exit codes: 0 ok, 1 a file or picture is wrong, 2 wrong arguments, 4 an engine, device or instruction
-set is not there.
+Exit codes: 0 ok, 1 a file or picture is wrong, 2 wrong arguments, 4 an engine, device or instruction set is not there.
 
 Shapes: B batch, C channels or classes, H height, W width.
 """
@@ -17,6 +16,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -27,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SCHEMA_VERSION = 1
 AGAIN, ELSEWHERE = "unpack the bundle again", "run on a device that has it, or package for this one"
-NEEDED = {"files", "isa", "device", "pip", "model", "runtime", "provider", "precision", "float_precision", "threads"}
+NEEDED = {"files", "isa", "device", "pip", "python", "model", "runtime", "provider", "precision", "float_precision", "threads"}
 NEEDED |= {"providers", "input", "output", "preprocessing", "golden"}
 FLAGS_OF_ARM = {"neon": "asimd", "neon_dotprod": "asimddp", "neon_i8mm": "i8mm"}  # our name: Linux's name on aarch64
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -118,11 +118,22 @@ def check_host(manifest: dict[str, Any]) -> str:
     return ""
 
 
+def container_cores(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Cores that the container around this process may use by its quota, rounded up; infinite without one."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for name in names for word in (root / name).read_text().split())
+        except (OSError, ValueError):  # not there, or `max`
+            continue
+        if quota > 0 and period > 0:
+            return math.ceil(quota / period)
+    return math.inf
+
+
 def usable_threads(manifest: dict[str, Any]) -> int:
     """The profile's threads, else every core this process may use."""
-    if manifest["threads"]["asked"]:
-        return int(manifest["threads"]["asked"])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return int(manifest["threads"]["asked"] or min(cores, container_cores()))
 
 
 def import_module(name: str, manifest: dict[str, Any]) -> Any:
@@ -134,7 +145,8 @@ def import_module(name: str, manifest: dict[str, Any]) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RunError(4, name, expected="an installed package", found=str(error), fix=f"run: {manifest['pip']}") from error
+        fix = f"run: {manifest['pip']} (Python {manifest['python']})"
+        raise RunError(4, name, expected="an installed package", found=str(error), fix=fix) from error
 
 
 def open_onnxruntime(path: Path, manifest: dict[str, Any], threads: int) -> Callable[[Any], Any]:
@@ -143,6 +155,7 @@ def open_onnxruntime(path: Path, manifest: dict[str, Any], threads: int) -> Call
     Raises:
         RunError: The provider is not there, or the session fell back to another.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else every start is reported to a server
     ort = import_module("onnxruntime", manifest)
     provider, source = manifest["provider"], manifest["input"]
     if provider not in ort.get_available_providers():
@@ -150,9 +163,8 @@ def open_onnxruntime(path: Path, manifest: dict[str, Any], threads: int) -> Call
         raise RunError(4, "onnxruntime", expected=provider, found=found, fix=ELSEWHERE)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    for size in source["shape"]:
-        if isinstance(size, str):
-            options.add_free_dimension_override_by_name(size, 1)
+    for name in (size for size in source["shape"] if isinstance(size, str)):
+        options.add_free_dimension_override_by_name(name, 1)
     if provider != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA's libraries where pip has put them
     session = ort.InferenceSession(str(path), options, providers=[tuple(entry) for entry in manifest["providers"]])
@@ -167,7 +179,7 @@ def open_openvino(path: Path, manifest: dict[str, Any], threads: int) -> Callabl
     Raises:
         RunError: The device is not there, or it would compute in another precision.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # with it, every start is reported to a server
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # else the same
     ov = import_module("openvino", manifest)
     provider, wanted = manifest["provider"], OPENVINO_TYPES[manifest["float_precision"]]
     core = ov.Core()
@@ -221,25 +233,26 @@ class Classifier:
         except RunError:
             raise
         except Exception as error:  # engines raise classes of their own, without a common base
-            found = " ".join(str(error).split())[:200]
-            raise RunError(
-                4, self.manifest["model"], expected=f"a model that {runtime} opens here", found=found, fix=f"run: {self.manifest['pip']}"
-            ) from error
+            expected, found = f"a model that {runtime} opens here", " ".join(str(error).split())[:200]
+            raise RunError(4, self.manifest["model"], expected=expected, found=found, fix=f"run: {self.manifest['pip']}") from error
 
     def logits(self, path: Path) -> Any:
         """Logits of one picture, float32 of shape (C,).
 
         Raises:
-            RunError: Not a picture, or not one that can be decoded.
+            RunError: Not a picture, or not one that can be decoded; the engine fails.
         """
         try:
             with self.pillow.open(path) as picture:
                 x_BCHW = self.preprocessing([picture])
-        except (OSError, ValueError, SyntaxError, self.pillow.DecompressionBombError) as error:
-            raise RunError(
-                1, str(path), expected="a picture", found=str(error), fix="give a PNG, JPEG or other picture Pillow opens"
-            ) from error
-        return self.session(x_BCHW)[0].astype(self.numpy.float32)
+        except Exception as error:  # a damaged picture can raise anything
+            fix = "give a PNG, JPEG or other picture Pillow opens"
+            raise RunError(1, str(path), expected="a picture", found=str(error) or repr(error), fix=fix) from error
+        try:
+            return self.session(x_BCHW)[0].astype(self.numpy.float32)
+        except Exception as error:
+            fix = "check that memory is free, and run --selftest"
+            raise RunError(4, str(path), expected="logits", found=str(error)[:200] or repr(error), fix=fix) from error
 
     def classify(self, path: Path, top: int) -> list[dict[str, Any]]:
         """The `top` likeliest labels of one picture with their probabilities, best first."""
@@ -266,13 +279,9 @@ class Classifier:
         errors = self.numpy.sort(self.numpy.abs(found - expected).max(axis=1))
         if not (errors[close - 1] <= allowed and errors[-1] <= widest):
             wider = f" for {close} of {count} pictures, and within {widest:.3g} for all" if close < count else ""
-            raise RunError(
-                1,
-                "selftest",
-                expected=f"logits within {allowed:.3g} of those packaged{wider}",
-                found=f"a difference of {errors[close - 1]:.3g}" + (f", and {errors[-1]:.3g} for the worst" if wider else ""),
-                fix="do not use the model on this device",
-            )
+            expected = f"logits within {allowed:.3g} of those packaged{wider}"
+            differs = f"a difference of {errors[close - 1]:.3g}" + (f", and {errors[-1]:.3g} for the worst" if wider else "")
+            raise RunError(1, "selftest", expected=expected, found=differs, fix="do not use the model on this device")
         return {"images": count, "max_abs_err": float(errors[-1]), "allowed": widest}
 
 
@@ -308,19 +317,14 @@ def run(options: argparse.Namespace) -> None:
         print(f"note: {classifier.note}", file=sys.stderr)
     if options.selftest:
         result = classifier.selftest()
-        if options.json:
-            print(json.dumps({"schema_version": SCHEMA_VERSION, "ok": True, **result}))
-        else:
-            print(
-                f"selftest ok: {result['images']} golden pictures in {manifest['runtime']} {manifest['precision']}, "
-                f"largest difference of a logit {result['max_abs_err']:.3g} of {result['allowed']:.3g} allowed"
-            )
+        text = f"selftest ok: {result['images']} golden pictures in {manifest['runtime']} {manifest['precision']}, largest difference "
+        text += f"of a logit {result['max_abs_err']:.3g} of {result['allowed']:.3g} allowed"
+        print(json.dumps({"schema_version": SCHEMA_VERSION, "ok": True, **result}) if options.json else text)
         return
     answers = [{"file": name, "predictions": classifier.classify(Path(name), options.top)} for name in options.images]
     if options.json:
         print(json.dumps({"schema_version": SCHEMA_VERSION, "images": answers}, indent=2))
-        return
-    for answer in answers:
+    for answer in [] if options.json else answers:
         if len(answers) > 1:
             print(f"{answer['file']}:")
         for line in answer["predictions"]:
@@ -336,11 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         if "--json" in arguments:
-            print(
-                json.dumps(
-                    {"schema_version": SCHEMA_VERSION, "error": {"exit_code": error.exit_code, "message": str(error), **error.parts}}
-                )
-            )
+            told = {"exit_code": error.exit_code, "message": str(error), **error.parts}
+            print(json.dumps({"schema_version": SCHEMA_VERSION, "error": told}))
         return error.exit_code
     return 0
 

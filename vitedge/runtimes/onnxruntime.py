@@ -299,7 +299,8 @@ def _profile_elsewhere(request: str, folder: str) -> str:
     code = "import sys; from vitedge.runtimes.onnxruntime import profile; profile(*sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", code, request, folder],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        cwd=folder,  # `-c` puts it on the path, and a file called numpy.py in the user's folder must not be imported instead of numpy
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path if path)},
         capture_output=True,
         text=True,
         check=False,
