@@ -42,9 +42,12 @@ def test_a_whole_study_as_json_and_again_as_a_table(tmp_path: Path, colours: Pat
     assert "vitedge report build/studies/tiny" in captured.err
     assert (tmp_path / "shared.db").is_file() and not Path("build/studies/tiny/study.db").exists()
     assert run(["study", str(study), *storage, "--dry-run"]) == 0
-    assert "Tiny / untouched on board: done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Tiny / untouched on board: done" in out and "measuring all rows on board: done" in out and "in all about 0 s" in out
+    assert run(["study", str(study), *storage, "--device", "cpu"]) == 2
+    assert "--device: expected what this study was begun with: board, found cpu; " in capsys.readouterr().err
     assert run(["study", str(study), *storage, "--budget", "0.5"]) == 2
-    assert "begun with: all of the work, found 50 % of the steps" in capsys.readouterr().err
+    assert "begun with: all of the work, found --budget 0.5" in capsys.readouterr().err
 
 
 def test_a_row_that_fails_is_the_exit_code_and_stands_in_the_table(

@@ -76,6 +76,11 @@ def test_test_images_shrink_to_what_still_says_something(share: float, samples: 
     assert Budget(share).samples == samples
 
 
+def test_a_label_tells_shares_apart_and_gives_them_back() -> None:
+    labels = [Budget(share).label for share in (0.123, 0.1234, 0.12345)]
+    assert labels == ["12.3 % of the steps", "12.34 % of the steps", "12.345 % of the steps"]
+
+
 def test_a_time_is_read_in_minutes_or_hours() -> None:
     assert Budget.parse("90m") == Budget.parse("90min") == Budget.parse("1.5h") == Budget(minutes=90.0)
 

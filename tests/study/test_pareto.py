@@ -72,6 +72,11 @@ def test_the_winner_is_the_largest_gain_inside_the_limits_whatever_the_order() -
     assert choose_winner([outside]) is None
 
 
+def test_a_winner_that_did_not_settle_is_one_only_where_no_other_is_inside() -> None:
+    noisy, settled = make_point(1, speed=9.0, unstable="rounds differ by 40 %"), make_point(2, speed=1.1)
+    assert choose_winner([noisy, settled]) == settled and choose_winner([noisy]) == noisy
+
+
 def test_a_trial_stands_for_its_fastest_file_inside_else_for_the_one_that_misses_least() -> None:
     fast = make_point(1, speed=3.0, misses={"max_top1_drop": 0.2, "max_size_ratio": 0.1})
     slow = make_point(1, speed=1.2, misses={"max_top1_drop": -0.2, "max_size_ratio": 0.25})

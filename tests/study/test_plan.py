@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.study.made_study import plan_of, write_study
+from vitedge.artifact import Artifact, Manifest, hash_files
 from vitedge.errors import FileProblems, UsageError
 from vitedge.schema import list_files, load_yaml
 from vitedge.study.budget import Budget
@@ -109,6 +110,7 @@ def test_a_budget_in_minutes_is_spread_over_the_whole_study(tmp_path: Path) -> N
     part = make_plan(load_study(str(study)), tmp_path / "out", options)
     took = sum(estimate_task(part, task).seconds for task in part.tasks) + estimate_measuring(part, part.devices[0][1])
     assert took == pytest.approx(seconds / 2, rel=0.15) and 0.2 < part.budget.share < 0.5  # measuring takes its part
+    assert part.budget == Budget.parse(f"{float(part.budget.label.split()[0]) / 100:g}"), "another host cannot be told which share it is"
     assert part.tasks[0].recipe.steps[0][1].steps == pytest.approx(3600 * part.budget.share, abs=4)  # type: ignore[attr-defined]
     # Whatever --only leaves out: the share is the whole study's.
     only = fitted(load_study(str(study)), tmp_path / "out", Options(budget=Budget(minutes=seconds / 60 / 2), only=("one",)))
@@ -143,6 +145,22 @@ def test_time_and_disk_are_guessed_before_anything_is_built(tmp_path: Path) -> N
     assert row.mib is not None and row.mib > base.mib
     assert estimate_measuring(plan, plan.devices[0][1]) > 3 * 100.0  # 10,000 images for each of three files
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_interrupted_build_has_is_not_counted_again(tmp_path: Path) -> None:
+    plan = plan_of(write(tmp_path, rows=[{**ROW, "recipe": "deit_tiny_112_int8"}]), tmp_path / "out")
+    (task,) = plan.tasks
+    before = estimate_task(plan, task)
+    manifest = Manifest(plan.root(task))
+    manifest.root.mkdir(parents=True)
+    checkpoint = manifest.root / "checkpoint.safetensors"
+    checkpoint.write_bytes(b"0" * (10 << 20))
+    made = Artifact(checkpoint.name, "checkpoint", "fp32", (checkpoint,), hash_files([checkpoint]), 10 << 20)
+    manifest.record("checkpoint", {"outputs": [checkpoint.name], "seconds": 500.0}, [made])
+    manifest.save()
+    after = estimate_task(plan, task)
+    assert after.seconds < 0.2 * before.seconds and not after.built
+    assert before.mib is not None and after.mib == pytest.approx(before.mib - 10)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def command(
     SPACE is a YAML file or the name of one that comes with vitedge. Its recipe is measured first, as the baseline; then each
     trial is built, timed in turns with the baseline's fastest file, and judged on validation images. It ends with the Pareto
     set as recipes in FOLDER/pareto/, and with one winner: among the files that miss no limit (the file's constraints, the
-    device's budgets) the one with the largest product of times as fast and times as small. The test split judges that one, once.
+    device's budgets) the one with the largest product of times as fast and times as small, if its speed settled. That one is judged
+    on the test split, and timed again in more rounds, once.
 
     Interrupted or killed, the same command goes on. Run it again beside itself, or on machines like this one with --storage
     and a shared folder, and the workers share the trials. Exit code 3: no file is inside the limits.
@@ -73,11 +74,9 @@ def command(
         else:
             show_forecast(plain)
         return 0
-    from vitedge.cli.study import ending_on_sigterm
     from vitedge.study.search import search
 
-    with ending_on_sigterm():
-        outcome = search(request, say, tell, progress_bars)
+    outcome = search(request, say, tell, progress_bars)
     if as_json:
         emit_json(outcome.plain)
     else:
@@ -140,10 +139,15 @@ def figures(point: Point) -> str:
         speed = f"same images/s (x{point.speed_ratio:.2f})"
     missed = ", ".join(name for name, miss in point.misses.items() if miss > 0)
     mark = "!" if point.unstable else ""
+    lost = f"{point.top1_drop:.2f} lost{', inside the noise' if _same_top1(point) else ''}"
     return (
         f"{point.label}: {speed}{mark}, {point.size_mib:.2f} MiB (x{point.size_ratio:.2f}), {point.top1:.2f} % "
-        f"({point.top1_drop:.2f} lost), {f'misses {missed}' if missed else 'inside the limits'}"
+        f"({lost}), {f'misses {missed}' if missed else 'inside the limits'}"
     )
+
+
+def _same_top1(point: Point) -> bool:
+    return point.drop_low <= 0 <= point.drop_high
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -176,7 +180,7 @@ def cells(point: Point) -> list[str]:
         f"{point.size_mib:.2f}",
         f"x{point.size_ratio:.2f}",
         f"{point.top1:.2f}",
-        f"{point.top1_drop:.2f}",
+        "same" if _same_top1(point) else f"{point.top1_drop:.2f}",
         f"{point.drop_low:.2f}~{point.drop_high:.2f}",
         "inside" if point.inside else "missed",
     ]
@@ -204,11 +208,24 @@ def notes(outcome: Outcome) -> list[str]:
     if outcome.test and "top1" in outcome.test:
         test = outcome.test
         low, high = test["top1_drop_interval"]
-        lost = f"{test['top1_drop']:.2f} points below {test['baseline']} ({low:.2f} to {high:.2f})"
+        lost = (
+            f"{test['top1_drop']:.2f} points below {test['baseline']} ({low:.2f} to {high:.2f}{', the same' if low <= 0 <= high else ''})"
+        )
         lines.append(f"winner on {test['images']}: {test['top1']:.2f} %, {lost}")
+        lines += [f"winner timed again: {timed_again(test['speed'])}"] if test.get("speed") else []
     elif outcome.test:
         lines.append(f"winner not judged on the test split: {outcome.test['reason']}")
     return lines
+
+
+def timed_again(speed: dict[str, Any]) -> str:
+    """The winner's speed in a run of its own, beside which the search's figure is the largest of many."""
+    if "ratio" not in speed:
+        return f"not possible: {speed['reason']}"
+    low, high = speed["interval"]
+    within = "same images/s" if low <= 1 <= high else f"x{speed['ratio']:.2f} the images/s"
+    unstable = f"; unstable: {speed['unstable']}" if speed["unstable"] else ""
+    return f"{within} ({low:.2f} to {high:.2f}, {speed['rounds']} rounds){unstable}"
 
 
 def verdict(outcome: Outcome) -> int:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +100,13 @@ def _show_plan(plan: Plan, storage: str | None, as_json: bool) -> int:
     """What would be done, what rows share, and about how long and how large it gets."""
     from vitedge.study.available import find_unavailable
     from vitedge.study.estimate import estimate_measuring, estimate_task
+    from vitedge.study.measure import is_measured
 
     unavailable = find_unavailable(plan)
     states = _states(plan, storage)
     shown = [(task, states.get(task.key, "waiting"), estimate_task(plan, task)) for task in plan.tasks]
-    measuring = {device.name: estimate_measuring(plan, device) for _, device in plan.devices if device.name not in unavailable}
+    here = [device for _, device in plan.devices if device.name not in unavailable]
+    measuring = {device.name: 0.0 if is_measured(plan, device, states) else estimate_measuring(plan, device) for device in here}
     building = sum(guess.seconds for task, state, guess in shown if state != "done" and task.device not in unavailable)
     new = [guess for task, state, guess in shown if state != "done" and not guess.built and task.device not in unavailable]
     disk = sum(guess.mib or 0.0 for guess in new)
@@ -138,7 +137,7 @@ def _show_plan(plan: Plan, storage: str | None, as_json: bool) -> int:
         count = sum(task.device == name and state != "done" for task, state, _ in shown)
         click.echo(f"not on {name}: {count} row{'' if count == 1 else 's'}: {reason}")
     for name, seconds in measuring.items():
-        click.echo(f"measuring all rows on {name}: about {_minutes(seconds)}")
+        click.echo(f"measuring all rows on {name}: {f'about {_minutes(seconds)}' if seconds else 'done'}")
     size = f"{disk:.0f} MiB of new files{f', {unknown} builds of unknown size not counted' if unknown else ''}"
     label = f" ({plan.budget.label})" if plan.budget.label else ""
     click.echo(f"in all about {_minutes(building + sum(measuring.values()))} on one machine{label}, {size}; into {plan.folder}")
@@ -178,8 +177,7 @@ def _run(plan: Plan, storage: str | None, retry_failed: bool, as_json: bool) -> 
     """Work until nothing is left, show the table, and return the exit code of the first row that failed."""
     from vitedge.study.run import run_study
 
-    with ending_on_sigterm():
-        content, path, failed = run_study(plan, storage, say, progress_bars, retry_failed)
+    content, path, failed = run_study(plan, storage, say, progress_bars, retry_failed)
     if as_json:
         emit_json(content)
     else:
@@ -202,20 +200,6 @@ def _show_table(path: Path) -> None:
 
     table = with_warnings(with_comparisons(read([path])))
     click.echo(render(table, shutil.get_terminal_size((100, 24)).columns).rstrip())
-
-
-@contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C: the row or trial at hand is handed back instead of being found lost by the next worker."""
-
-    def end(_number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _minutes(seconds: float) -> str:

@@ -55,7 +55,7 @@ class Budget:
     @property
     def label(self) -> str:
         """What every figure made so is marked with; empty where all of the work is done."""
-        return "" if self.share == 1 else f"{100 * self.share:.3g} % of the steps"
+        return "" if self.share == 1 else f"{100 * self.share:.6g} % of the steps"
 
     @property
     def samples(self) -> int | None:
@@ -97,8 +97,12 @@ def build_seconds(recipe: Recipe, only: str | None = None, tested: bool = True) 
     """About how long a recipe takes to build where nothing of it is there, s; `only` counts just that stage."""
     if recipe.model.img_size is None:  # left to the data, which is not read for a guess
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"img_size": CIFAR_PIXELS})})
-    stages = ["checkpoint", "export", *(f"quantize {name}" for name, _ in recipe.quantize.schemes)]
-    return sum(estimate_seconds(recipe, stage, tested) for stage in stages if only in (None, stage))
+    return sum(estimate_seconds(recipe, stage, tested) for stage in stages_of(recipe) if only in (None, stage))
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages of a build, in order."""
+    return ["checkpoint", "export", *(f"quantize {name}" for name, _ in recipe.quantize.schemes)]
 
 
 def _wrong(found: str) -> UsageError:

@@ -14,14 +14,14 @@ from vitedge.device import Device
 from vitedge.recipe import Recipe
 from vitedge.stage import TEST_IMAGES, trained_scheme
 from vitedge.study.available import find_unavailable
-from vitedge.study.budget import Budget, build_seconds
+from vitedge.study.budget import Budget, build_seconds, stages_of
 from vitedge.study.plan import CHECKPOINT_STAGE, Options, Plan, Task, make_plan
 from vitedge.study.spec import MeasureSpec, StudySpec
 
 # Millions of parameters by a part of timm's name; the first that fits.
 _PARAMS_M = {"tiny": 5.7, "small": 22.0, "base": 86.0, "large": 304.0, "resnet18": 11.7, "resnet50": 25.6, "test_vit": 0.4}
 _QUANTIZED = 0.3  # of the float file
-SMALL, LEAST = 0.05, 0.001  # shares
+SMALL, LEAST, NEARLY = 0.05, 0.001, 0.999  # shares; with all of the work, trainings end with the whole test split
 _LOAD_S, _IMAGE_S = 2.5, 0.01  # of a measuring process, and of judging an image
 
 
@@ -31,8 +31,8 @@ class Estimate:
 
     Attributes:
         seconds: How long building it takes.
-        mib: What stays on disk; None where the size of the architecture is not known.
-        built: Whether a build folder is there, from which the figures are.
+        mib: What it adds to the disk; None where the size of the architecture is not known.
+        built: Whether a whole build is there, from which the figures are.
     """
 
     seconds: float
@@ -47,11 +47,16 @@ def estimate_task(plan: Plan, task: Task) -> Estimate:
         InputError: The manifest of its folder is damaged.
     """
     root = plan.root(task)
-    if (root / MANIFEST).is_file():
-        manifest = Manifest.load(root)
-        seconds = sum(float(record["seconds"]) for record in manifest.stages.values())
-        return Estimate(seconds, sum(artifact.size_bytes for artifact in manifest.artifacts.values()) / 2**20, True)
-    return Estimate(_seconds(plan, task), _mib(task), False)
+    if not (root / MANIFEST).is_file():
+        return Estimate(_seconds(plan, task), _mib(task), False)
+    manifest = Manifest.load(root)
+    mib = sum(artifact.size_bytes for artifact in manifest.artifacts.values()) / 2**20
+    stages = [CHECKPOINT_STAGE] if task.shared else stages_of(task.recipe)
+    if absent := [stage for stage in stages if stage not in manifest.stages]:  # it was interrupted, and what is there is reused
+        whole = _mib(task)
+        seconds = sum(build_seconds(task.recipe, stage, plan.samples is None) for stage in absent)
+        return Estimate(seconds, None if whole is None else max(0.0, whole - mib), False)
+    return Estimate(sum(float(record["seconds"]) for record in manifest.stages.values()), mib, True)
 
 
 def fitted(spec: StudySpec, folder: Path, options: Options) -> Options:
@@ -66,10 +71,11 @@ def fitted(spec: StudySpec, folder: Path, options: Options) -> Options:
     minutes = options.budget.minutes
     if minutes is None:
         return options
-    plans = (make_plan(spec, folder, replace(options, budget=Budget(share), only=())) for share in (SMALL, 1.0))
+    plans = (make_plan(spec, folder, replace(options, budget=Budget(share), only=())) for share in (SMALL, NEARLY))
     least, most = (_seconds_from_nothing(plan) for plan in plans)
-    share = SMALL + (1 - SMALL) * (60 * minutes - least) / max(most - least, 1e-9)
-    return replace(options, budget=Budget(min(1.0, max(LEAST, round(share, 4)))))
+    share = SMALL + (NEARLY - SMALL) * (60 * minutes - least) / max(most - least, 1e-9)
+    # Three digits, which is what its label shows: another host is told by it which share to give.
+    return replace(options, budget=Budget(min(1.0, max(LEAST, float(f"{share:.3g}")))))
 
 
 def _seconds_from_nothing(plan: Plan) -> float:

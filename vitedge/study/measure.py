@@ -6,7 +6,7 @@ built since are measured together with the others, never beside figures of anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,16 @@ def measure_key(plan: Plan, device: Device, built: Sequence[Built]) -> str:
 def measurements_file(plan: Plan, device: Device, key: str) -> Path:
     """Where the measurements of that key are kept."""
     return plan.folder / MEASUREMENTS / f"{device.name}.{key[:16]}.json"
+
+
+def is_measured(plan: Plan, device: Device, states: Mapping[str, str]) -> bool:
+    """Whether all rows of a device have ended and the files that came of them were measured, by how far each task is."""
+    rows = plan.rows_of(device.name)
+    if any(states.get(task.key) not in ("done", "failed") for task in rows):
+        return False
+    built = [find_built(plan, task, device) for task in rows if states[task.key] == "done"]
+    built = [one for one in built if one.artifacts]
+    return not built or states.get(measure_key(plan, device, built)) == "done"
 
 
 def measure_device(

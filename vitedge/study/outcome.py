@@ -19,7 +19,7 @@ from vitedge.study.folder_lock import held
 from vitedge.study.pareto import choose_winner, front
 from vitedge.study.point import Point
 from vitedge.study.records import Record
-from vitedge.study.trial import Reference, judge_rows, key_of, plan
+from vitedge.study.trial import Reference, judge_rows, key_of, plan, time_again
 from vitedge.study.workshop import Bar, Workshop, build, settings_digest, trial_root
 
 RESULT, WINNER, PARETO = "search.json", "winner.json", "pareto"
@@ -129,7 +129,7 @@ def finish(shop: Workshop, reference: Reference, read: Callable[[], list[Record]
 
 
 def test_winner(shop: Workshop, reference: Reference, winner: Point, records: Sequence[Record], bar: Bar) -> dict[str, Any]:
-    """Top-1 of the winner on the whole test split, and the paired drop from the baseline's best file; asked once, then kept.
+    """The winner once more, and never again: top-1 on the whole test split, paired with the baseline's best file, and its speed.
 
     Raises:
         VitedgeError: The winner's file cannot be built again.
@@ -157,6 +157,7 @@ def test_winner(shop: Workshop, reference: Reference, winner: Point, records: Se
                 fix="search again in another folder",
             )
         judged, _, errors = judge_rows(shop, [row, reference.best], images, bar)
+        speed = time_again(shop, reference, row, bar) if key_of(row) != key_of(reference.fastest) else None
     if errors:
         return {"reason": str(errors[0])}
     (quality, label), (best, _) = judged[key_of(row)], judged[key_of(reference.best)]
@@ -170,6 +171,7 @@ def test_winner(shop: Workshop, reference: Reference, winner: Point, records: Se
         "top1_drop": drop,
         "top1_drop_interval": [low, high],
         "images": label,
+        "speed": speed,
     }
     write_json(path, {"schema_version": SCHEMA_VERSION, "of": stamp, "test": test})
     return test
@@ -209,7 +211,7 @@ def write_recipes(shop: Workshop, reference: Reference, kept: Sequence[Point], r
 
 def with_own_teacher(shop: Workshop, recipe: Recipe) -> Recipe:
     """The recipe with the search's own baseline as its teacher, by path, where it names it: elsewhere that name is another model."""
-    name, path = shop.definition.baseline.name, str(shop.baseline_root / "checkpoint.safetensors")
+    name, path = shop.definition.baseline.name, str((shop.baseline_root / "checkpoint.safetensors").resolve())
     steps = tuple(
         (step, config.model_copy(update={"teacher": path}) if getattr(config, "teacher", None) == name else config)
         for step, config in recipe.steps

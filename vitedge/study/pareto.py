@@ -2,7 +2,8 @@
 
 A point is in the set where no other is at least as good in every objective and better in one. The winner is one point, chosen by
 a rule that is fixed before anything is measured: among the points that miss no constraint, the allowed drop of top-1
-among them, the one with the largest product of ratios, times as fast and times as small (`Point.gain`).
+among them, the one with the largest product of ratios, times as fast and times as small (`Point.gain`); one whose speed did not
+settle only where no other is inside. The largest of many noisy ratios is too large, so the winner is timed once more (`outcome`).
 Shapes: N points, K objectives.
 """
 
@@ -46,7 +47,7 @@ def front(points: Sequence[Point], objectives: Sequence[str]) -> list[Point]:
 def choose_winner(points: Sequence[Point]) -> Point | None:
     """The one winner; None where every point misses a constraint."""
     inside = [point for point in points if point.inside]
-    return min(inside, key=_order) if inside else None
+    return min(inside, key=lambda point: (bool(point.unstable), _order(point))) if inside else None
 
 
 def _order(point: Point) -> tuple[float, float, float, int, tuple[str, ...]]:

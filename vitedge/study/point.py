@@ -97,7 +97,7 @@ class Point:
     def label(self) -> str:
         """For people: `openvino.int8_static in openvino int8+bf16`."""
         rest = "" if self.float_precision in ("fp32", self.precision) else f"+{self.float_precision}"
-        return f"{self.artifact} in {self.runtime} {self.precision}{rest}"
+        return f"{self.artifact} in {self.runtime} {self.precision}{rest}{' (emulated)' if self.emulated else ''}"
 
     @property
     def inside(self) -> bool:

@@ -81,11 +81,15 @@ def _check_folder(folder: Path) -> None:
 
 
 def _hold(plan: Plan, queue: Queue, data: str | None) -> None:
-    """Refuse to go on with a study that was begun with another budget, other images or other weights, or with some that are not here.
+    """Refuse to go on with a study that was begun with another budget, other devices, images or weights, or with some that are not here.
 
-    A host without them would fail every row that is left, for all the others.
+    A host without images or weights would fail every row that is left, for all the others. A device that is not here is waited for; one
+    that was left out would lose its rows in the table, and have its build folders taken by another's.
     """
-    queue.hold_to("--budget", plan.budget.label, plan.budget.label or "all of the work", "give the same budget")
+    label = plan.budget.label
+    queue.hold_to("--budget", label, f"--budget {plan.budget.share:g}" if label else "all of the work", "give the same budget")
+    names = ", ".join(device.name for _, device in plan.devices)
+    queue.hold_to("--device", names, names, "give the same devices, here or not")
     states = queue.states()
     unfinished = any(task.key not in states or not states[task.key].ended for task in plan.tasks)
     for origin in find_origins(plan, data):

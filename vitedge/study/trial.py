@@ -31,6 +31,7 @@ from vitedge.study.point import Point, misses_of
 from vitedge.study.workshop import Bar, Workshop, build, settings_digest, trial_root
 
 BASELINE = "baseline.json"
+AGAIN = 3  # times the rounds of a trial, for the winner
 SCHEMA_VERSION = 1
 RowKey = tuple[str, str, str, str]
 
@@ -77,15 +78,32 @@ class Timed:
     conditions: dict[str, Any]
 
 
-def time_alone(shop: Workshop, rows: Sequence[PlannedRow], bar: Bar) -> Timed:
-    """Time rows in turns while nothing else of vitedge works on this host."""
+def time_alone(shop: Workshop, rows: Sequence[PlannedRow], bar: Bar, times_as_long: int = 1) -> Timed:
+    """Time rows in turns while nothing else of vitedge works on this host, in `times_as_long` as many rounds as the search's."""
     measure = shop.definition.search.measure
-    settings = Settings(measure.rounds, TimingSettings(measure.iterations, measure.seconds), shop.threads)
+    settings = Settings(times_as_long * measure.rounds, TimingSettings(measure.iterations, measure.seconds), shop.threads)
     with working("timing", shop.say):
         conditions = gather(shop.device, probe_host(), settings, mismatches(shop.device, shop.host))
         timings = time_rows(rows, settings, conditions, bar("timing"))
     found = {key_of(planned): several[0] for planned, several in timings.measurements}
     return Timed(found, timings.skipped, timings.errors, conditions)
+
+
+def time_again(shop: Workshop, reference: Reference, row: PlannedRow, bar: Bar) -> dict[str, Any]:
+    """Images/s of one file over those of the baseline's fastest, in a run of their own with more rounds, or the reason why not."""
+    timed = time_alone(shop, [reference.fastest, row], bar, AGAIN)
+    one, base = (timed.measurements.get(key_of(planned)) for planned in (row, reference.fastest))
+    if one is None or base is None:
+        return {"reason": str(timed.errors[0]) if timed.errors else "it was not timed"}
+    speed = compare_speed(one, base, "the baseline's fastest file")
+    if speed.ratio is None:
+        return {"reason": speed.reason}
+    return {
+        "ratio": speed.ratio,
+        "interval": [speed.low, speed.high],
+        "rounds": AGAIN * shop.definition.search.measure.rounds,
+        "unstable": one.unstable or base.unstable,
+    }
 
 
 def judge_rows(

@@ -16,7 +16,7 @@ from vitedge.artifact import digest_of
 from vitedge.bench.host_lock import working
 from vitedge.bench.quality import Images
 from vitedge.bench.rows import Candidate, check_runtimes
-from vitedge.device import Device, load_device, require_accelerator
+from vitedge.device import Device, load_device, mismatches, require_accelerator
 from vitedge.errors import InputError
 from vitedge.host import Host, probe, tool_versions
 from vitedge.pipeline import STAGE_VERSIONS
@@ -118,6 +118,8 @@ def open_workshop(definition: Definition, folder: Path, data: str | None, weight
     check_runtimes(search.measure.runtimes, device)
     host = probe()
     require_accelerator(device, host)
+    if differing := mismatches(device, host):
+        say(f"device {device.name} is not this host ({'; '.join(differing)}): figures are labelled emulated")
     limits = limits_of(search.constraints, device, search.measure.batch_size)
     return Workshop(definition, device, host, folder, data, weights or search.weights, limits, say)
 
