@@ -295,7 +295,7 @@ def run_in(runtime: str, path: Path, x: np.ndarray) -> Any:
     return next(iter(compiled(x).values()))
 
 
-@pytest.mark.parametrize("token", [True, False])
+@pytest.mark.parametrize("token", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_file_holds_each_matrix_once_and_answers_alike(token: bool, tmp_path: Path) -> None:
     model = shared(token=token)
     x_BCHW = made.batch(range(9)).x_BCHW

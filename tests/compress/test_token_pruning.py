@@ -105,7 +105,7 @@ def test_gradients_reach_every_weight(token: bool) -> None:
     assert_gradients_reach_all(apply(vit(token)).model)
 
 
-@pytest.mark.parametrize(("token", "config"), [(False, {}), (True, {"fuse": False, "keep": 0.5})])
+@pytest.mark.parametrize(("token", "config"), [(True, {"fuse": False, "keep": 0.5}), pytest.param(False, {}, marks=pytest.mark.slow)])
 def test_the_exported_file_answers_as_the_model(token: bool, config: dict[str, Any], tmp_path: Path) -> None:
     assert_file_answers_as(apply(vit(token), **config).model, tmp_path)
 

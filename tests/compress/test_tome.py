@@ -215,7 +215,9 @@ def test_it_goes_with_patch_drop_and_with_narrower_heads() -> None:
     assert model.train()(images(2)).shape == (2, 4)  # four patches: two merge, then one, then none
 
 
-@pytest.mark.parametrize(("token", "config"), [(False, {"r": 3}), (True, {"r": 8, "blocks": [1], "proportional": False})])
+@pytest.mark.parametrize(
+    ("token", "config"), [(True, {"r": 8, "blocks": [1], "proportional": False}), pytest.param(False, {"r": 3}, marks=pytest.mark.slow)]
+)
 def test_the_exported_file_answers_as_the_model(token: bool, config: dict[str, Any], tmp_path: Path) -> None:
     assert_file_answers_as(apply(vit(token), **config).model, tmp_path)
 

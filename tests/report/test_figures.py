@@ -112,6 +112,12 @@ def test_curves_are_drawn_for_the_builds_of_a_study(tmp_path: Path):
     assert {"curves-top1", "curves-loss"} <= {figure.name for figure in drawn}
 
 
+def test_a_budget_is_in_every_title(tmp_path: Path):
+    write_metrics(tmp_path / "builds" / "untouched", 5)
+    drawn, _ = figures(made_table(write_study(tmp_path, study(budget="10 % of the steps"))))
+    assert len(drawn) >= 5 and all(figure.title.endswith(" (10 % of the steps)") for figure in drawn)
+
+
 def picture(path: Path, width: int = 1000, height: int = 500) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.effect_noise((width, height), 60).save(path)

@@ -119,6 +119,17 @@ def test_markdown_has_the_papers_columns_and_the_changes(small: Table):
     assert flips.count("untouched (model.fp32.onnx in onnxruntime fp32)") == 0  # the baseline's own answers
 
 
+def test_weights_and_seconds_stand_where_the_paper_has_them(tmp_path: Path):
+    notes = {"steps": [{"decompose": {"seconds": 0.25}}]}
+    rows = [row("untouched", [FP32], paper={"params_m": 22.1}), row("svd", [INT8], paper={"params_m": 11.1, "seconds": 3.2}, notes=notes)]
+    text = render("markdown", made_table(write_study(tmp_path, study(rows=rows))))
+    heads, _, first, second = [line.strip("| ").split(" | ") for line in text.split("## Methods")[1].strip().splitlines()[2:6]]
+    of = [dict(zip(heads[heads.index("M params") :], line[heads.index("M params") :], strict=True)) for line in (first, second)]
+    assert [one["method, s"] for one in of] == ["-", "0.25"]
+    assert first[heads.index("M params") + 1] == "22.1" and second[heads.index("M params") + 1] == "11.1"
+    assert second[heads.index("method, s") + 1] == "3.2"
+
+
 def test_every_markdown_table_has_as_many_cells_in_each_line(small: Table):
     tables = [part.splitlines() for part in render("markdown", small).split("\n\n") if part.startswith("|")]
     assert len(tables) == 3

@@ -133,6 +133,12 @@ def test_without_any_figure_it_is_a_page_all_the_same(tmp_path: Path):
     assert json.loads(figures) == []
 
 
+def test_a_build_without_pictures_says_how_they_are_drawn(tmp_path: Path):
+    (tmp_path / "builds" / "untouched").mkdir(parents=True)
+    text = html.render(made_table(write_study(tmp_path)), 100)
+    assert f"vitedge inspect {tmp_path / 'builds' / 'untouched'} draws them" in text
+
+
 def test_without_plotly_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import sys
 

@@ -75,6 +75,21 @@ def test_a_studys_rows_have_labels_papers_and_reasons(tmp_path: Path):
     assert table.builds == [tmp_path / "builds" / "untouched"]
 
 
+def test_what_the_methods_themselves_took_is_without_training(tmp_path: Path):
+    steps = [{"decompose": {"seconds": 0.25}}, {"train": {"seconds": 900.0}}, {"prune": {"kept": 3}}, {"decompose": {"seconds": 0.5}}]
+    rows = [row("svd", [FP32], notes={"steps": steps}), row("plain", [], notes={"steps": [{"train": {"seconds": 1.0}}]}), row("old", [])]
+    write_study(tmp_path, study(rows=rows))
+    assert [one.method_seconds for one in read([tmp_path]).rows] == [0.75, None, None]
+
+
+def test_a_search_says_how_its_builds_are_measured_in_one_run(tmp_path: Path):
+    (tmp_path / "search.json").write_text('{"schema_version": 1}')
+    with pytest.raises(InputError, match=r"a search, whose trials were timed in runs of their own.*vitedge bench .*trials/\*"):
+        read([tmp_path])
+    write_bench(tmp_path / "trials" / "one" / "report.json", [FP32])
+    assert len(read([tmp_path]).rows) == 1
+
+
 def test_a_row_without_measurement_or_reason_is_not_measured_yet(tmp_path: Path):
     write_study(tmp_path, study(rows=[row("soon", [])]))
     assert read([tmp_path]).rows[0].failure == "not measured yet"

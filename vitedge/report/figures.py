@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vitedge.bench.records import Measurement
@@ -55,7 +55,8 @@ def figures(table: Table) -> tuple[list[Figure], list[str]]:
     drawn = [*pareto_speed(table), *pareto_size(table), *latencies(table)]
     drawn += curve_figure("curves-top1", "Validation top-1 while training", "top-1 on validation images, %", top1)
     drawn += curve_figure("curves-loss", "Loss while training", "training loss", loss)
-    return drawn, problems
+    budgets = ", ".join(dict.fromkeys(row.budget for row in table.rows if row.budget))
+    return [replace(one, title=f"{one.title} ({budgets})") for one in drawn] if budgets else drawn, problems
 
 
 def front(points: Sequence[tuple[float, float]], more_is_better: bool) -> list[int]:

@@ -91,18 +91,23 @@ _METHOD_HEADS = (
     Head("GPU vs untouched", "that over the untouched model's fastest artifact, same run; `same` inside the noise"),
     Head("MiB", "on disk; the paper's MB are MiB by its counts of weights"),
     Head("size vs untouched", "bytes over the untouched model's fp32 file"),
+    Head("M params", "millions of weights, where the paper counts them"),
+    Head("method, s", "what the method itself took, training left out"),
     Head("budget", "how the figures were made with less work", numeric=False, brief=False),
     Head("not measured", "why", numeric=False, brief=False),
 )
 
 
 def _methods_grid(table: Table) -> Grid:
-    lines = [_method_line(method) for method in methods(table)]
+    found = methods(table)
+    counted = any("params_m" in method.paper for method in found)
+    lines = [_method_line(method, counted) for method in found]
     note = "Changes are against the untouched model and its fastest artifact of the same run; the paper's are worked out from its table."
     return Grid("methods", "Methods", note, _METHOD_HEADS, tuple(lines))
 
 
-def _method_line(method: Method) -> tuple[Shown, ...]:
+def _method_line(method: Method, counted: bool) -> tuple[Shown, ...]:
+    """A method's cells; its weights only where they are `counted`."""
     row = method.main
     own = row.measurement if row else None
     untouched = row.against_untouched if row else None
@@ -118,6 +123,8 @@ def _method_line(method: Method) -> tuple[Shown, ...]:
         _speed(method.gpu.against_untouched if method.gpu else None, _paper_ratio(method, "gpu_it_s")),
         _mib(own, _paper(method, "size_mb")),
         _size(untouched, _paper_ratio(method, "size_mb")),
+        _number(own.params_m if own and counted else None, _paper(method, "params_m")),
+        _number(method.seconds, _paper(method, "seconds")),
         Shown(method.budget or NONE),
         Shown("; ".join(method.failures) or NONE),
     )
@@ -147,6 +154,10 @@ def _top1(own: Measurement | None, paper: str) -> Shown:
 
 def _mib(own: Measurement | None, paper: str) -> Shown:
     return Shown(NONE, paper=paper) if own is None else Shown(cells.mib(own), paper=paper, order=float(own.size_bytes))
+
+
+def _number(value: float | None, paper: str) -> Shown:
+    return Shown(cells.short(value), paper=paper, order=value)
 
 
 def _rate(row: Row | None, paper: str = "") -> Shown:

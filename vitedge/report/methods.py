@@ -32,6 +32,7 @@ class Method:
         failures: Why something was not measured, once each, with its first line.
         budget: How the figures were made smaller.
         places: Names of where it was measured; empty where the whole study was measured on one CPU, one GPU or one of each.
+        seconds: What its techniques themselves took, s.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Method:
     failures: tuple[str, ...]
     budget: str
     places: str = ""
+    seconds: float | None = None
 
     @property
     def main(self) -> Row | None:
@@ -78,7 +80,8 @@ def methods(table: Table) -> list[Method]:
         lines = [pair for pair in found if any(pair)] or [(None, None)]
         for number, (cpu, gpu) in enumerate(lines):
             places = " and ".join(names[place_of(row)] for row in (cpu, gpu) if row is not None) if several else ""
-            made.append(Method(label, study, *paper, cpu, gpu, failures if number == 0 else (), budget, places))
+            told = failures if number == 0 else ()
+            made.append(Method(label, study, *paper, cpu, gpu, told, budget, places, rows[0].method_seconds))
     return made
 
 

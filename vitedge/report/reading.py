@@ -2,8 +2,8 @@
 
 A study's `results.json`: `schema_version`, `study`, `baseline` (a label), `budget`, and `rows`, each with
 `label`, `recipe`, `device`, `measurements` (as `vitedge bench --json` has them) or `failure`, and where the study
-has them `paper`, `untouched`, `continued`, `budget` and `build` (the build folder, from the study's). One file that cannot be read is
-one line, and the others are read all the same.
+has them `paper`, `untouched`, `continued`, `budget`, `notes` and `build` (the build folder, from the study's).
+One file that cannot be read is one line, and the others are read all the same.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vitedge.report.naming import named_apart
 from vitedge.report.records import Row, Table
 
 RESULTS, ONLY = "results.json", "results.only.json"  # of a study, whole or of the rows that --only named
+SEARCHED = "search.json"
 DEEPEST = 3  # folders below the one that was named
 
 
@@ -74,6 +75,12 @@ def _read_one(path: Path, found: _Found) -> None:
         _read_file(path, found, named=True)
     elif known := _known(path):
         _read_file(known, found, named=True)
+    elif (path / SEARCHED).is_file():
+        before = len(found.rows)
+        _read_inside(path, found, DEEPEST)
+        if len(found.rows) == before:
+            text = "a search, whose trials were timed in runs of their own; measure its builds in one run"
+            found.problems.append(f"{path}: {text}: vitedge bench {path / 'trials'}/*")
     elif (path / MANIFEST).is_file():
         found.problems.append(f"{path}: built and not measured; run `vitedge bench {path}`")
     else:
@@ -148,6 +155,7 @@ def _study_rows(content: dict[str, Any], path: Path, found: _Found) -> list[Row]
             failure=str(plain.get("failure") or ""),
             study=study,
             paper={str(name): float(value) for name, value in paper.items() if isinstance(value, (int, float))},
+            method_seconds=_method_seconds(plain.get("notes")),
             budget=str(plain.get("budget") or content.get("budget") or ""),
             baseline=str(plain.get("baseline") or content.get("baseline") or ""),
             untouched=str(plain.get("untouched") or ""),
@@ -164,6 +172,20 @@ def _study_rows(content: dict[str, Any], path: Path, found: _Found) -> list[Row]
         if not measured:
             rows.append(row if row.failure else replace(row, failure="not measured yet"))
     return rows
+
+
+def _method_seconds(notes: Any) -> float | None:
+    """What the techniques of a row's recipe took by their own notes, s."""
+    steps = notes.get("steps") if isinstance(notes, dict) else None
+    told = [
+        (name, said.get("seconds"))
+        for step in steps or []
+        if isinstance(step, dict)
+        for name, said in step.items()
+        if isinstance(said, dict)
+    ]
+    seconds = [float(value) for name, value in told if name != "train" and isinstance(value, (int, float))]
+    return sum(seconds) if seconds else None
 
 
 def _measurement(plain: Any, where: str, found: _Found) -> Measurement | None:

@@ -43,7 +43,9 @@ class Row:
         measurement: None where `failure` says why.
         failure: Why there is no measurement.
         study: Name of the study; empty for a bench.
-        paper: The paper's figures for this method: top1 (percent), gpu_it_s, cpu_it_s, size_mb, where it has them.
+        paper: The paper's figures for this method, where it has them: top1 (percent), gpu_it_s, cpu_it_s, size_mb, params_m, and
+            seconds, what the method itself took.
+        method_seconds: What the recipe's techniques themselves took, training left out, s; None where they do not say.
         budget: How the figures were made smaller, `10 % of the steps`; empty where they were not.
         baseline, untouched, continued: Labels of the study's rows that this one is compared with: all rows' one,
             the model as it was before, and that model trained in float for as long.
@@ -60,6 +62,7 @@ class Row:
     failure: str = ""
     study: str = ""
     paper: Mapping[str, float] = field(default_factory=dict)
+    method_seconds: float | None = None
     budget: str = ""
     baseline: str = ""
     untouched: str = ""

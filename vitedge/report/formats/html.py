@@ -56,6 +56,9 @@ def render(table: Table, width: int) -> str:
             sections.append((name, title, f'<div class="plots">{"".join(_figure(figure) for figure in own)}</div>'))
     if pictures:
         sections.append(("pictures", "The papers' figures", f'<div class="plots">{"".join(_picture(one) for one in pictures)}</div>'))
+    elif build := next((path for path in table.builds if path.is_dir()), None):
+        how = f"Importance, LayerNorm ranges and attention of a build: vitedge inspect {build} draws them, and the next report has them."
+        sections.append(("pictures", "The papers' figures", f'<p class="soft">{_text(how)}</p>'))
     sections.append(("conditions", "Conditions", _conditions(table)))
     body = f"{_header(table, sections)}<main>{_noscript()}{_warnings(warned)}"
     body += "".join(f'<section id="{name}"><h2>{_text(title)}</h2>{inner}</section>' for name, title, inner in sections)
