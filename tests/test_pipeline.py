@@ -214,6 +214,12 @@ def test_one_folder_is_built_by_one_process(tmp_path: Path, colours: Path, capsy
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
+def test_files_for_a_gpu_are_built_where_there_is_none(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A workstation builds for a board; what the profile says decides the integer types."""
+    result = export("--recipe", write_recipe(tmp_path, colours), "-o", tmp_path / "out", "--device", "cuda", "--dry-run", capsys=capsys)
+    assert set(actions(result).values()) == {"run"} and "quantize onnxruntime.int8_static" in actions(result)
+
+
 def test_a_dry_run_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from vitedge.data import download
 

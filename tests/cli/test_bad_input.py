@@ -99,8 +99,8 @@ def device_fact_without_source(folder: Path, colours: Path) -> list[str]:
     return [*_with(folder, colours), "--device", str(folder / "board.yaml")]
 
 
-def gpu_that_is_not_there(folder: Path, colours: Path) -> list[str]:
-    return [*_with(folder, colours), "--device", "cuda"]
+def gpu_that_is_not_there_to_be_timed(folder: Path, colours: Path) -> list[str]:
+    return [*_with(folder, colours, steps=[{"prune": {"target": {"latency_ms": 3.0}}}]), "--device", "cuda"]
 
 
 def weights_that_are_not_there(folder: Path, colours: Path) -> list[str]:
@@ -261,7 +261,7 @@ CASES: dict[Callable[[Path, Path], list[str]], tuple[int, str]] = {
     unknown_device: (2, "did you mean 'cpu'?"),
     device_with_an_unknown_runtime: (2, "a runtime out of"),
     device_fact_without_source: (2, "source"),
-    gpu_that_is_not_there: (4, "cuda"),
+    gpu_that_is_not_there_to_be_timed: (4, "cuda"),
     weights_that_are_not_there: (2, "no file"),
     weights_of_another_model: (1, "conv1.weight"),
     weights_that_are_no_weights: (1, "a safetensors file"),
