@@ -16,6 +16,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process, and ends it."""
+    return "RANK" in os.environ
+
+
 def local_world_size() -> int:
     """Processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -122,11 +122,13 @@ def run(args: list[str]) -> int:
 @contextlib.contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
     """Take SIGTERM as Ctrl-C: temporary files go, and the row or trial at hand is handed back instead of being found lost."""
+    from vitedge import launch
 
     def end(_number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+    # Outside the main thread Python allows no handlers; a process that waits for others in torch's own code would never come to one.
+    if threading.current_thread() is not threading.main_thread() or launch.is_launched():
         yield
         return
     before = signal.signal(signal.SIGTERM, end)
