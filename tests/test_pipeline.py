@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.recipes_for_tests import write_recipe
 from vitedge import pipeline
 from vitedge.artifact import Manifest, hash_files
 from vitedge.cli.main import run
+from vitedge.errors import VitedgeError
 
 FILES = (
     "checkpoint.safetensors",
@@ -174,6 +176,21 @@ def test_train_alone_writes_the_checkpoint_that_export_reuses(tmp_path: Path, co
     assert [step["train"]["steps"] for step in notes["steps"]] == [2, 3]
     result = export("--recipe", recipe, "-o", tmp_path / "out", capsys=capsys)
     assert actions(result) == {"checkpoint": "reuse", "export": "run"}
+
+
+def test_a_rebuild_that_fails_leaves_the_recipe_of_what_is_there(
+    built: tuple[Path, Path], tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the new split beside the old weights, their validation images would be those that they were trained on."""
+    shutil.copytree(built[1], tmp_path / "out")
+    before = (tmp_path / "out" / "recipe.yaml").read_text()
+
+    def fails(*args: object) -> None:
+        raise VitedgeError("x", expected="a training", found="a power cut", fix="try again")
+
+    monkeypatch.setattr(pipeline.Pipeline, "_run_checkpoint", fails)
+    assert run(["export", "--recipe", str(write_recipe(tmp_path, colours, validation=0.3)), "-o", str(tmp_path / "out")]) == 1
+    assert "a power cut" in capsys.readouterr().err and (tmp_path / "out" / "recipe.yaml").read_text() == before
 
 
 def test_a_folder_with_other_files_is_kept(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,10 +158,13 @@ class Pipeline:
             UnavailableError: An extra that a stage needs is not installed.
             VitedgeError: A stage failed; earlier stages are kept.
         """
+        keep_recipe = partial(write_text, self.root / "recipe.yaml", yaml.safe_dump(self.recipe.to_plain(), sort_keys=False))
         if launch.is_main():
             for left_by_a_kill in self.root.glob(".*.part"):
                 shutil.rmtree(left_by_a_kill, ignore_errors=True)
-            write_text(self.root / "recipe.yaml", yaml.safe_dump(self.recipe.to_plain(), sort_keys=False))
+            # Beside files of other weights it would have them judged on images that those weights were trained on.
+            if "checkpoint" not in self.manifest.stages or plans[0].action != "run":
+                keep_recipe()
         for plan in plans:
             if plan.action != "run":
                 continue
@@ -173,6 +176,8 @@ class Pipeline:
             self.manifest.record(plan.name, record, artifacts)
             self.manifest.stages[plan.name]["inputs"] = self._inputs_now(plan)  # which are of what is there now
             self.manifest.save()
+            if plan.name == "checkpoint":
+                keep_recipe()
         return self.manifest
 
     def clear(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from PIL import Image
 
 from tests import tiny
@@ -127,3 +128,28 @@ def make_build(root: Path, data: Path | None = None) -> Path:
     recipe: dict[str, Any] = {"name": root.name, "data": {"name": str(data) if data else "absent"}}
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return root
+
+
+def turn_logits_at_batch_1(proto: onnx.ModelProto) -> None:
+    """The logits of another class are the largest where the batch is 1, as a wrong kernel for that shape would have it."""
+    graph, output = proto.graph, proto.graph.output[0]
+    (last,) = [node for node in graph.node if output.name in node.output]
+    last.output[list(last.output).index(output.name)] = "right"
+    constants = {
+        "lonely_first": np.array([0], np.int64),
+        "lonely_one": np.array([1], np.int64),
+        "lonely_minus": np.array(-2.0, np.float32),
+        "lonely_plus": np.array(1.0, np.float32),
+    }
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    graph.node.extend(
+        [
+            onnx.helper.make_node("Shape", ["right"], ["shape"]),
+            onnx.helper.make_node("Gather", ["shape", "lonely_first"], ["batch"]),
+            onnx.helper.make_node("Equal", ["batch", "lonely_one"], ["alone"]),
+            onnx.helper.make_node("Cast", ["alone"], ["weight"], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Mul", ["weight", "lonely_minus"], ["turned"]),
+            onnx.helper.make_node("Add", ["turned", "lonely_plus"], ["sign"]),
+            onnx.helper.make_node("Mul", ["right", "sign"], [output.name]),
+        ]
+    )

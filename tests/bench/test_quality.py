@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from tests import tiny
-from tests.bench.made import expected_top1, make_images, make_measurement, tiny_row
+from tests.bench.made import expected_top1, make_images, make_measurement, tiny_row, turn_logits_at_batch_1
 from vitedge.bench import quality
 from vitedge.bench.quality import Judged, find_images, find_reference, judge, try_judge, with_top1
 from vitedge.bench.worker import choose_images
@@ -74,32 +74,9 @@ def test_a_file_that_answers_otherwise_at_batch_1_is_refused(tmp_path: Path, ima
     wrong = replace(row, artifact=open_artifact(path))
     with pytest.raises(InputError, match=r"turned.onnx in onnxruntime fp32: expected the classes .* another class for 24 of 24 images"):
         judge(wrong, find_images(None, str(images)))
-    assert "batch 1" in try_judge(wrong, None, str(images), None).reason
-
-
-def turn_logits_at_batch_1(proto: onnx.ModelProto) -> None:
-    """The logits of another class are the largest where the batch is 1, as a wrong kernel for that shape would have it."""
-    graph, output = proto.graph, proto.graph.output[0]
-    (last,) = [node for node in graph.node if output.name in node.output]
-    last.output[list(last.output).index(output.name)] = "right"
-    constants = {
-        "lonely_first": np.array([0], np.int64),
-        "lonely_one": np.array([1], np.int64),
-        "lonely_minus": np.array(-2.0, np.float32),
-        "lonely_plus": np.array(1.0, np.float32),
-    }
-    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    graph.node.extend(
-        [
-            onnx.helper.make_node("Shape", ["right"], ["shape"]),
-            onnx.helper.make_node("Gather", ["shape", "lonely_first"], ["batch"]),
-            onnx.helper.make_node("Equal", ["batch", "lonely_one"], ["alone"]),
-            onnx.helper.make_node("Cast", ["alone"], ["weight"], to=onnx.TensorProto.FLOAT),
-            onnx.helper.make_node("Mul", ["weight", "lonely_minus"], ["turned"]),
-            onnx.helper.make_node("Add", ["turned", "lonely_plus"], ["sign"]),
-            onnx.helper.make_node("Mul", ["right", "sign"], [output.name]),
-        ]
-    )
+    judged = try_judge(wrong, None, str(images), None)
+    assert "batch 1" in judged.reason and judged.error is not None
+    assert try_judge(wrong, None, "absent", None).error is None  # no images are no fault of the file
 
 
 def test_sample_is_random_and_labelled(tmp_path: Path, images: Path):

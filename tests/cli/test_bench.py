@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from tests import tiny
-from tests.bench.made import expected_top1, make_build, make_images, write_profile
+from tests.bench.made import expected_top1, make_build, make_images, turn_logits_at_batch_1, write_profile
 from vitedge.cli.main import run
 
 QUICK = ["--rounds", "2", "--seconds", "0.02", "--iterations", "7"]
@@ -202,6 +203,20 @@ def test_a_damaged_file_is_the_commands_error(tmp_path: Path, board: list[str], 
     (root / "model.fp32.onnx").write_bytes(b"other")
     code, line = failing(capsys, [*board, *QUICK, "--json"])
     assert code == 1 and "export again" in line, line
+
+
+def test_a_file_whose_answers_cannot_be_right_is_the_commands_error(board: list[str], capsys: pytest.CaptureFixture[str]):
+    """Its speed would be a build server's green light for a file that is nonsense as it is shipped."""
+    tiny.write_tiny_onnx(Path("turned.onnx"))
+    proto = onnx.load("turned.onnx")
+    turn_logits_at_batch_1(proto)
+    onnx.save(proto, "turned.onnx")
+    images = str(make_images(Path("insects")))
+    assert run(["bench", "turned.onnx", *board, *QUICK, "--batch-size", "1", "--data", images, "--json"]) == 1
+    captured = capsys.readouterr()
+    (found,) = json.loads(captured.out)["measurements"]
+    assert found["top1"] is None and "batch 1" in found["top1_reason"] and found["images_per_s"] > 0
+    assert "error: 1 of the rows failed" in captured.err
 
 
 def test_data_may_be_a_folder_of_data_sets(tmp_path: Path, board: list[str], capsys: pytest.CaptureFixture[str]):

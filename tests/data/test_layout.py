@@ -22,6 +22,14 @@ def by_part(names: list[str], folders: list[str] | None = None) -> dict[str, lis
     }
 
 
+def test_splits_may_begin_with_a_capital_and_classes_may_be_called_like_them() -> None:
+    names = ["Train/cat/1.png", "Train/dog/1.png", "Test/cat/1.png", "Val/dog/2.png"]
+    _, contents = lay_out(names, ["Train", "Train/cat", "Train/dog", "Test", "Test/cat", "Val", "Val/dog"], "set")
+    assert contents.classes == ("cat", "dog") and set(contents.parts) == {"train", "validation", "test"}
+    _, vehicles = lay_out(["Bus/1.png", "Train/1.png"], ["Bus", "Train"], "set")
+    assert vehicles.classes == ("Bus", "Train")
+
+
 def test_labels_follow_the_folder_and_classes_are_sorted() -> None:
     kept, contents = lay_out(["train/zebra/b.png", "train/ant/a.jpg", "test/zebra/c.JPEG"], [], "set")
     assert kept == [0, 1, 2] and contents.classes == ("ant", "zebra")

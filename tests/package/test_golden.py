@@ -69,6 +69,7 @@ def profile(arch: str) -> Device:
         ("x86_64", "CPUExecutionProvider", ("int8", "fp32"), {"settings": {"reduce_range": True}}, False, ()),
         ("x86_64", "CPUExecutionProvider", ("int8", "fp32"), {"settings": {"reduce_range": False}}, True, (VNNI,)),
         ("x86_64", "CPUExecutionProvider", ("int8", "fp32"), {"settings": {"reduce_range": None}}, True, ()),
+        ("x86_64", "CPUExecutionProvider", ("int8", "fp32"), {"library": "vitedge"}, True, (VNNI,)),
         ("x86_64", "CPU", ("bf16", "bf16"), {}, False, (BF16,)),
         ("x86_64", "CPU", ("int8", "bf16"), {}, False, (VNNI, BF16)),
         ("x86_64", "CUDAExecutionProvider", ("int8", "fp16"), {}, False, ()),

@@ -43,6 +43,11 @@ def test_one_row_for_all_batch_sizes_of_a_file_in_a_runtime():
     assert cells[-2:] == ["baseline", "baseline"]
 
 
+def test_one_file_over_two_float_precisions_is_two_rows():
+    over_fp32 = replace(INT8, float_precision="fp32")
+    assert [cells[0].split("\n")[1] for cells in rows([INT8, over_fp32], [1])] == ["  openvino int8+bf16", "  openvino int8"]
+
+
 def test_verdict_has_ratio_and_interval():
     assert verdict(INT8.verdict) == "faster x2.31\n2.20-2.43"
     assert verdict(Verdict("unknown", 1.5)) == "? x1.50"

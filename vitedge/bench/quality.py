@@ -157,6 +157,7 @@ class Judged:
         quality: None where `reason` says why.
         label: What results call the images.
         reason: Why not, with what to do.
+        error: What went wrong, where the images were there: the file or its judgement is at fault.
     """
 
     artifact: Artifact
@@ -164,6 +165,7 @@ class Judged:
     quality: Quality | None = None
     label: str = ""
     reason: str = ""
+    error: VitedgeError | None = None
 
 
 def try_judge(row: Row, folder: Path | None, option: str | None, samples: int | None, progress: Progress = silent) -> Judged:
@@ -175,9 +177,10 @@ def try_judge(row: Row, folder: Path | None, option: str | None, samples: int | 
     try:
         images = find_images(folder, option, samples=samples)
         quality, label = judge(row, images, progress)
+    except UsageError as error:  # there are no images to judge on
+        return Judged(artifact, reason=f"{error}; then run `vitedge bench {folder or artifact.path.name} --data PATH`")
     except VitedgeError as error:
-        again = f"; then run `vitedge bench {folder or artifact.path.name} --data PATH`" if isinstance(error, UsageError) else ""
-        return Judged(artifact, reason=f"{error}{again}")
+        return Judged(artifact, reason=str(error), error=error)
     return Judged(artifact, images, quality, label)
 
 

@@ -58,7 +58,7 @@ class BenchResult:
         measurements: Judged, in the order of the rows.
         folders: The build folder of each measurement; None for a file outside of one.
         skipped: Rows that were not measured, with the reason.
-        errors: What was raised for rows that failed though they should run.
+        errors: What was raised for rows that failed though they should run, or whose answers could not be judged though there are images.
     """
 
     measurements: tuple[Measurement, ...]
@@ -113,9 +113,9 @@ def bench(request: BenchRequest, say: Callable[[str], None], bar: Bar) -> BenchR
     with_speed = judge_speed([measurement for measurement, _, _ in flat], parents, schemes, host.isa)
     by_row = {_row_of(m): found for (m, _, found) in flat}
     finished = [_with_quality(m, with_speed, by_row, schemes) for m in with_speed]
-    return BenchResult(
-        tuple(finished), tuple(one.candidate.folder for _, one, _ in flat), (*skipped, *timings.skipped), (*damaged, *timings.errors)
-    )
+    unjudged = [one.error for one in judged if one.error is not None]
+    errors = (*damaged, *timings.errors, *unjudged)
+    return BenchResult(tuple(finished), tuple(one.candidate.folder for _, one, _ in flat), (*skipped, *timings.skipped), errors)
 
 
 def _judge_rows(rows: Sequence[PlannedRow], request: BenchRequest, bar: Bar) -> list[Judged]:

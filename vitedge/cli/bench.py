@@ -119,7 +119,7 @@ def show(result: BenchResult, output: Path | None, as_json: bool, require_stable
     unstable = [m for m in result.measurements if m.unstable]
     errors = _keep(result)
     if result.errors:
-        say(f"error: {len(result.errors)} of the rows failed; see `not measured` above")
+        say(f"error: {len(result.errors)} of the rows failed; their reasons are above")
     if errors or result.errors:
         return (*result.errors, *errors)[0].exit_code
     if require_stable and unstable:

@@ -54,6 +54,8 @@ def lay_out(names: list[str], folders: list[str], where: str) -> tuple[list[int]
     if _has_top_folder(paths):
         directories = [path[1:] for path in directories if path[0] == paths[0][0]]
         paths = [path[1:] for path in paths]
+    paths = [(_part(path, 3), *path[1:]) for path in paths]
+    directories = [(_part(path, 2), *path[1:]) for path in directories if path]
     has_splits = any(path[0] in PARTS for path in paths)
     if not has_splits:
         _refuse_several_sets(paths, where)
@@ -76,6 +78,12 @@ def lay_out(names: list[str], folders: list[str], where: str) -> tuple[list[int]
     others = len(names) - len(kept) - sum(left_out.values())
     notes += [f"{others} files that are not images were left out"] if others else []
     return kept, Contents(contents.classes, contents.labels, contents.parts, tuple(notes))
+
+
+def _part(path: tuple[str, ...], deep: int) -> str:
+    """The first folder, in small letters where it is a split that is written otherwise: `Train/<class>/` is one, `Train/1.png` a class."""
+    small = path[0].lower()
+    return small if small in PARTS and len(path) >= deep else path[0]
 
 
 def _has_top_folder(paths: list[tuple[str, ...]]) -> bool:

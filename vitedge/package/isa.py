@@ -29,7 +29,9 @@ def needed_isa(artifact: Artifact, device: Device, provider: str, precisions: tu
     """
     arch = device.arch if device.arch != "any" else architecture()
     groups: list[tuple[str, ...]] = [(name,) for name in device.isa]
-    own = (artifact.notes.get("settings") or {}).get("reduce_range")
+    # A technique's own integers take all of 8 bits, whatever the device wants of the libraries' quantizers.
+    learned = artifact.notes.get("library") == "vitedge"
+    own = False if learned else (artifact.notes.get("settings") or {}).get("reduce_range")
     full_range = not (reduce_range if own is None else own)
     if provider in PROCESSORS and arch == "x86_64":
         if precisions[0] == "int8" and full_range:

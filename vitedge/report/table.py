@@ -61,7 +61,7 @@ def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[li
     """The cells, two lines each, batch sizes side by side."""
     grouped: dict[Any, dict[int, Measurement]] = {}
     for m in (m for m in measurements if m.batch_size in batches):
-        grouped.setdefault((m.artifact, m.runtime, m.provider, m.precision), {})[m.batch_size] = m
+        grouped.setdefault((m.artifact, m.sha256, m.runtime, m.provider, m.precision, m.float_precision), {})[m.batch_size] = m
     made = []
     for by_batch in grouped.values():
         some = next(iter(by_batch.values()))

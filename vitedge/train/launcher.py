@@ -39,11 +39,11 @@ def start(processes: int, arguments: list[str]) -> int:
         )
     # The launcher logs each signal it passes on; people are told once, below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[LAUNCHED] = "1"
     # A process that is saving must not be killed (torch's default is half a minute, where it can be set).
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     # Else Accelerate warns that it chose a number of threads; vitedge sets it after that.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[LAUNCHED] = "1"
     try:
         # The launcher leaves a folder of its own behind where none is given.
         with tempfile.TemporaryDirectory(prefix="vitedge-launch-") as logs:
@@ -72,4 +72,6 @@ def start(processes: int, arguments: list[str]) -> int:
             found=f"ended by {name}",
             fix="run the same command again: it goes on from the last checkpoint",
         ) from error
+    finally:
+        del os.environ[LAUNCHED]  # what is raised here, this process reports
     return 0
