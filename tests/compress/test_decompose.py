@@ -321,7 +321,7 @@ def test_a_recipe_is_trained_and_its_checkpoint_has_the_factors(tmp_path: Path, 
     assert run(["train", "--recipe", str(recipe), "-o", str(out)]) == 0
     notes = json.loads((out / "manifest.json").read_text())["stages"]["checkpoint"]["notes"]["steps"]
     decomposed = notes[1]["decompose"]
-    assert decomposed["images"] == 16 and len(decomposed["layers"]) == 4
+    assert decomposed["images"] == 16 and len(decomposed["layers"]) == 2
     model, _ = load_checkpoint(out / "checkpoint.safetensors")
     found = {name: module.rank for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
     assert found == {layer["layer"]: layer["rank"] for layer in decomposed["layers"]}

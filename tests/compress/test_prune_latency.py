@@ -113,7 +113,7 @@ def test_a_recipe_cuts_to_a_time_on_its_device(
         return Timing(count(model, (3, size, size)).macs / 1e6, {"device": device.name, "emulated": False})
 
     monkeypatch.setattr("vitedge.latency.time_model", time_model)
-    limit = 0.7 * count(create("test_vit", 16, 8, 3, options={"depth": 2}), (3, 16, 16)).macs / 1e6
+    limit = 0.7 * count(create("test_vit", 16, 8, 3, options={"depth": 1}), (3, 16, 16)).macs / 1e6
     train = {"train": {"steps": 2, "batch_size": 16, "lr": 1e-3, "precision": "fp32", "shift": 1}}
     steps = [{"prune": {"score": "magnitude", "target": {"latency_ms": limit}}}, train]
     recipe = write_recipe(tmp_path, colours, steps=steps, quantize={})

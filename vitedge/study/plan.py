@@ -137,6 +137,11 @@ def make_plan(spec: StudySpec, folder: Path, options: Options) -> Plan:
     return Plan(spec, folder, devices, tuple(tasks), options.data, options.weights, budget, samples, bool(options.only))
 
 
+def first_of(devices: Sequence[tuple[str, Device]]) -> str:
+    """The profile whose builds have the rows' own folders: one without an accelerator, which is never refused; others take them over."""
+    return next((device.name for _, device in devices if device.accelerator == "none"), devices[0][1].name)
+
+
 def _check_names(devices: tuple[tuple[str, Device], ...]) -> None:
     """Two profiles of one name would share rows, builds and measurements.
 
@@ -191,8 +196,7 @@ class _Resolver:
         self.spec, self.folder, self.options = spec, folder, options
         self.profiles = {device.name: device for _, device in devices}
         names = [device.name for _, device in devices]
-        # A profile without an accelerator is never refused, so that its build is there for the others to take over.
-        self.first = next((device.name for _, device in devices if device.accelerator == "none"), names[0])
+        self.first = first_of(devices)
         self.devices = list(dict.fromkeys([self.first, *names]))
         self.shared: dict[str, Task] = {}
 

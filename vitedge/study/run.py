@@ -23,7 +23,7 @@ from vitedge.study.estimate import estimate_measuring, estimate_task
 from vitedge.study.measure import Built, find_built, measure_device, measure_key, measurements_file
 from vitedge.study.origins import find_origins
 from vitedge.study.outcome import RESULT as SEARCHED
-from vitedge.study.plan import BUILDS, Plan, Task
+from vitedge.study.plan import BUILDS, Plan, Task, first_of
 from vitedge.study.queue import Claim, Queue, State
 from vitedge.study.results import RESULTS, collect, write_results
 from vitedge.study.rows import build_task, is_built
@@ -81,15 +81,15 @@ def _check_folder(folder: Path) -> None:
 
 
 def _hold(plan: Plan, queue: Queue, data: str | None) -> None:
-    """Refuse to go on with a study that was begun with another budget, other devices, images or weights, or with some that are not here.
+    """Refuse to go on with a study that was begun with another budget, device, images or weights, or with some that are not here.
 
-    A host without images or weights would fail every row that is left, for all the others. A device that is not here is waited for; one
-    that was left out would lose its rows in the table, and have its build folders taken by another's.
+    A host without images or weights would fail every row that is left, for all the others. Devices may be added and left out, but for the
+    one whose builds have the rows' own folders: another's would be built over them.
     """
     label = plan.budget.label
     queue.hold_to("--budget", label, f"--budget {plan.budget.share:g}" if label else "all of the work", "give the same budget")
-    names = ", ".join(device.name for _, device in plan.devices)
-    queue.hold_to("--device", names, names, "give the same devices, here or not")
+    first = first_of(plan.devices)
+    queue.hold_to("--device", first, first, "give that device too, before others of its kind")
     states = queue.states()
     unfinished = any(task.key not in states or not states[task.key].ended for task in plan.tasks)
     for origin in find_origins(plan, data):
