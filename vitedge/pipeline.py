@@ -1,8 +1,7 @@
 """The order of the stages, and which of them have to run: recipe -> checkpoint -> ONNX -> int8 files.
 
-A stage runs when its inputs (recipe section, hashes of what it reads, tool versions, and the stage's
-own version number) differ from those recorded in the manifest, or its files are not there; else it
-is reused, and torch is not even imported. This is the only file that knows the order.
+A stage runs when its inputs (recipe section, hashes of what it reads, tool versions, and the stage's own version number)
+differ from those recorded in the manifest, or its files are not there; else it is reused, without torch. Only here the order is known.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Classify images with the model of this bundle: `python run.py image.png`, `python run.py --selftest`.
 
-This file travels in every bundle as run.py and imports nothing of vitedge: it needs numpy, Pillow and
-the one engine that manifest.json names, on Python 3.8 or later. Before the model is loaded, every
-file is checked against its sha256, and the processor against the instruction sets the model needs:
-int8 products that saturate give wrong classes, not errors.
+This file travels in every bundle as run.py and imports nothing of vitedge: it needs numpy, Pillow and the one engine that
+manifest.json names, on Python 3.8 or later. Before the model is loaded, every file is checked against its sha256, and the
+processor against the instruction sets the model needs: int8 products that saturate give wrong classes, not errors.
 
 Exit codes: 0 ok, 1 a file or picture is wrong, 2 wrong arguments, 4 an engine, device or instruction set is not there.
 
