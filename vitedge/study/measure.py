@@ -6,7 +6,7 @@ built since are measured together with the others, never beside figures of anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,17 @@ def measurements_file(plan: Plan, device: Device, key: str) -> Path:
     return plan.folder / MEASUREMENTS / f"{device.name}.{key[:16]}.json"
 
 
+def to_measure(plan: Plan, device: Device, done: Container[str]) -> list[Built]:
+    """The rows of a device that have something to measure; `done` has the keys of what was built."""
+    built = [find_built(plan, task, device) for task in plan.rows_of(device.name) if task.key in done]
+    return [one for one in built if one.artifacts]
+
+
 def is_measured(plan: Plan, device: Device, states: Mapping[str, str]) -> bool:
     """Whether all rows of a device have ended and the files that came of them were measured, by how far each task is."""
-    rows = plan.rows_of(device.name)
-    if any(states.get(task.key) not in ("done", "failed") for task in rows):
+    if any(states.get(task.key) not in ("done", "failed") for task in plan.rows_of(device.name)):
         return False
-    built = [find_built(plan, task, device) for task in rows if states[task.key] == "done"]
-    built = [one for one in built if one.artifacts]
+    built = to_measure(plan, device, {key for key, name in states.items() if name == "done"})
     return not built or states.get(measure_key(plan, device, built)) == "done"
 
 

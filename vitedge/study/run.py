@@ -20,7 +20,7 @@ from vitedge.errors import OutputError, UsageError, VitedgeError, WorkerError
 from vitedge.pipeline import Bar
 from vitedge.study.available import require_one
 from vitedge.study.estimate import estimate_measuring, estimate_task
-from vitedge.study.measure import Built, find_built, measure_device, measure_key, measurements_file
+from vitedge.study.measure import Built, measure_device, measure_key, measurements_file, to_measure
 from vitedge.study.origins import find_origins
 from vitedge.study.outcome import RESULT as SEARCHED
 from vitedge.study.plan import BUILDS, Plan, Task, first_of
@@ -171,9 +171,7 @@ class _Worker:
         return found
 
     def _built(self, device: Device, states: Mapping[str, State]) -> list[Built]:
-        """The rows of a device that have something to measure."""
-        done = [task for task in self.plan.rows_of(device.name) if states[task.key].name == "done"]
-        return [built for built in (find_built(self.plan, task, device) for task in done) if built.artifacts]
+        return to_measure(self.plan, device, {key for key, state in states.items() if state.name == "done"})
 
     def _take_one(self, states: Mapping[str, State], measuring: list[tuple[tuple[str, Device], str]]) -> bool:
         """Claim and run the first task that can be run, or see that another worker just took it; False where there is none."""
