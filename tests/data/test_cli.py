@@ -51,7 +51,7 @@ def test_info_for_people_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFi
     assert run(["data", "info", "pets", "--data", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    for text in ("pets (20% split off as test)", "2: cat, dog", "train 8, validation 2, test 2", "9 x 8 px to 10 x 12 px", "note "):
+    for text in ("pets (about 20% split off as test)", "2: cat, dog", "train 8, validation 2, test 2", "9 x 8 px to 10 x 12 px", "note "):
         assert text in captured.err
 
 

@@ -55,8 +55,18 @@ def test_single_top_folder_is_looked_through() -> None:
     }
 
 
-def test_flat_folder_is_one_part_and_folders_below_a_class_belong_to_it() -> None:
-    assert by_part(["cat/1.png", "dog/more/2.png"]) == {"all": [("cat", "cat/1.png"), ("dog", "dog/more/2.png")]}
+def test_folders_below_a_class_belong_to_it() -> None:
+    assert by_part(["cat/1.png", "dog/more/2.png"]) == {"train": [("cat", "cat/1.png"), ("dog", "dog/more/2.png")], "test": []}
+
+
+def test_flat_folder_has_the_same_test_images_packed_or_not_and_after_more_were_added() -> None:
+    names = [f"{kind}/{n:03d}.png" for kind in ("cat", "dog") for n in range(20)]
+    flat = by_part(names)
+    chosen = [f"cat/{n:03d}.png" for n in (7, 9, 11, 13, 14, 15, 16, 19)] + [f"dog/{n:03d}.png" for n in (3, 6, 8, 12)]
+    assert [name for _, name in flat["test"]] == chosen
+    assert by_part([f"photos/{name}" for name in names[::-1]])["test"] == [(kind, f"photos/{name}") for kind, name in flat["test"]]
+    more = by_part([*names, "cat/0001.png", "dog/new.png", "emu/1.png"])
+    assert set(flat["test"]) <= set(more["test"]) and set(flat["train"]) <= set(more["train"])
 
 
 def test_files_left_out_are_noted() -> None:

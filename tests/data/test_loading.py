@@ -59,7 +59,7 @@ def test_flat_folder_is_split_and_says_so(tmp_path: Path) -> None:
     write_images(tmp_path / "pets", {"cat": 10, "dog": 20})
     dataset, other = loaded(tmp_path / "pets"), loaded(tmp_path / "pets", split_seed=3)
     assert dataset.test is not None and np.bincount(dataset.test.labels).tolist() == [2, 4]
-    assert dataset.label == "pets (20% split off as test)" and "no test split" in dataset.notes[0]
+    assert dataset.label == "pets (about 20% split off as test)" and "no test split" in dataset.notes[0]
     parts, moved = part_pixels(dataset), part_pixels(other)
     assert sum(len(set(images)) for images in parts.values()) == len(set().union(*parts.values())) == 30
     # a test image stays one whichever validation split is drawn

@@ -21,7 +21,7 @@ from vitedge.errors import InputError, OutputError
 from vitedge.locations import cache_dir
 from vitedge.progress import Progress
 
-LAYOUT_VERSION = 1  # raised when the files or their meaning change: older ones are decoded again
+LAYOUT_VERSION = 2  # raised when the files or their meaning change: older ones are decoded again
 LARGEST = 4 << 30  # bytes of decoded pixels; a larger data set is decoded on access
 
 
@@ -63,7 +63,7 @@ def opened(identity: str) -> Decoded | None:
     except (InputError, OSError, KeyError, ValueError):
         return None  # absent or damaged: decoding again is the mending
     flat = np.asarray(np.memmap(folder / "pixels.u8", dtype=np.uint8, mode="r"))
-    contents = Contents(tuple(meta["classes"]), labels, parts, tuple(meta["notes"]))
+    contents = Contents(tuple(meta["classes"]), labels, parts, tuple(meta["notes"]), meta["test_is_made"])
     if len(shapes) and (shapes == shapes[0]).all():
         return Decoded(flat.reshape(-1, *shapes[0], 3), contents)
     return Decoded(Ragged(flat, shapes), contents)
@@ -97,8 +97,8 @@ def keep(identity: str, contents: Contents, batches: Iterable[Sequence[np.ndarra
         arrays = {"labels": contents.labels, "shapes": np.array(shapes, dtype=np.int64), **contents.parts}
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-        meta: dict[str, Any] = {"version": LAYOUT_VERSION, "bytes": size, "classes": contents.classes, "notes": contents.notes}
-        artifact.write_json(temporary / "meta.json", {**meta, "parts": list(contents.parts)})
+        meta: dict[str, Any] = {"version": LAYOUT_VERSION, "bytes": size, "classes": contents.classes, "parts": list(contents.parts)}
+        artifact.write_json(temporary / "meta.json", {**meta, "notes": contents.notes, "test_is_made": contents.test_is_made})
     decoded = opened(identity)
     if decoded is None:
         raise OutputError(str(folder), expected="the images just decoded", found="files that do not read back", fix="check the disk")

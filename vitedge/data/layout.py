@@ -6,15 +6,19 @@ train/<class>/*  test/<class>/*  val|valid|validation/<class>/*       or       <
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from vitedge.data.records import Contents
+from vitedge.data.splits import split_off_by_name
 from vitedge.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 PARTS = {"train": "train", "test": "test", "val": "validation", "valid": "validation", "validation": "validation"}
+TEST_SHARE = 0.2  # of a folder without splits
+TEST_SEED = 0  # not the one of validation: a test image must stay one whichever validation split is drawn
 _EXPECTED = "train/<class>/IMAGE and test/<class>/IMAGE, or <class>/IMAGE"
 
 
@@ -38,7 +42,8 @@ def lay_out(names: list[str], folders: list[str], where: str) -> tuple[list[int]
 
     Returns:
         Positions in `names` of the images, and what those images are; positions in the contents count
-        these images. Classes are sorted by name, images of a part by class and name.
+        these images. Classes are sorted by name, images of a part by class and name. Where the names
+        tell no splits, about a fifth of each class is chosen for test by the names alone.
 
     Raises:
         InputError: No images, an image outside a class folder, an empty class folder, a class of
@@ -77,7 +82,7 @@ def lay_out(names: list[str], folders: list[str], where: str) -> tuple[list[int]
     notes = [f"{count} images under {folder}/ were left out" for folder, count in sorted(left_out.items())]
     others = len(names) - len(kept) - sum(left_out.values())
     notes += [f"{others} files that are not images were left out"] if others else []
-    return kept, Contents(contents.classes, contents.labels, contents.parts, tuple(notes))
+    return kept, replace(contents, notes=tuple(notes))
 
 
 def _part(path: tuple[str, ...], deep: int) -> str:
@@ -134,4 +139,8 @@ def _contents(paths: list[tuple[str, ...]], known: dict[str, str], where: str) -
         for part, positions in parts.items()
         if positions
     }
-    return Contents(tuple(classes), labels, ordered)
+    if first == "all":
+        everything = ordered["all"]
+        chosen = split_off_by_name(["/".join(paths[p][1:]) for p in everything], labels[everything], TEST_SHARE, TEST_SEED)
+        ordered = {part: everything[positions] for part, positions in zip(("train", "test"), chosen, strict=True)}
+    return Contents(tuple(classes), labels, ordered, test_is_made=first == "all")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from vitedge.data import cache, cifar
 from vitedge.data.decode import DecodedOnAccess, decode_all, estimate_bytes
 from vitedge.data.identity import checksums, digest
-from vitedge.data.layout import lay_out
+from vitedge.data.layout import TEST_SEED, TEST_SHARE, lay_out
 from vitedge.data.members import archive_stem, open_members
 from vitedge.data.official import label_of
 from vitedge.data.records import Contents, Dataset, Decoded, Images, Source, Split
@@ -15,16 +17,13 @@ from vitedge.data.splits import split_off
 from vitedge.errors import InputError, UsageError
 from vitedge.progress import Progress, silent
 
-TEST_SHARE = 0.2  # of a folder without splits
-TEST_SEED = 0  # not `split_seed`: a test image must stay one whichever validation split is drawn
-
 
 def load(source: Source, validation: float = 0.1, split_seed: int = 0, progress: Progress = silent) -> Dataset:
     """Read a data set; images are decoded once and mapped from the cache after.
 
     A source with its own validation split keeps it. Elsewhere a stratified share of train is split off
-    by `split_seed`. A folder of classes without any split first gives a fifth of each class to test,
-    always the same fifth; label and notes say so.
+    by `split_seed`. A folder of classes without any split gives about a fifth of each class to test, by
+    the images' names, so that images added later move none of the others; label and notes say so.
 
     Args:
         source: From `find`.
@@ -45,10 +44,9 @@ def load(source: Source, validation: float = 0.1, split_seed: int = 0, progress:
         with cache.locked(identity, progress):
             decoded = cache.opened(identity) or _read(source, identity, progress)
     contents, label, notes = decoded.contents, _label(source), list(decoded.contents.notes)
-    if "all" in contents.parts:
-        contents = _with_test(contents)
-        label += f" ({TEST_SHARE:.0%} split off as test)"
-        notes.append(f"test: {TEST_SHARE:.0%} of each class, split off with seed {TEST_SEED}; the source has no test split")
+    if contents.test_is_made:
+        label += f" (about {TEST_SHARE:.0%} split off as test)"
+        notes.append(f"test: about {TEST_SHARE:.0%} of each class, split off by name with seed {TEST_SEED}; the source has no test split")
     if "validation" not in contents.parts:
         contents = _with_validation(contents, validation, split_seed)
         notes.append(f"validation: {validation:g} of each class of train, split off with seed {split_seed}")
@@ -108,20 +106,10 @@ def _label(source: Source) -> str:
     return archive_stem(source.path.resolve())
 
 
-def _with_test(contents: Contents) -> Contents:
-    rest, test = _cut(contents, "all", TEST_SHARE, TEST_SEED)
-    return Contents(contents.classes, contents.labels, {"train": rest, "test": test}, contents.notes)
-
-
 def _with_validation(contents: Contents, share: float, seed: int) -> Contents:
-    rest, validation = _cut(contents, "train", share, seed)
-    return Contents(contents.classes, contents.labels, {**contents.parts, "train": rest, "validation": validation}, contents.notes)
-
-
-def _cut(contents: Contents, part: str, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    positions = contents.parts[part]
-    kept, cut = split_off(contents.labels[positions], share, seed)
-    return positions[kept], positions[cut]
+    train = contents.parts["train"]
+    kept, cut = split_off(contents.labels[train], share, seed)
+    return replace(contents, parts={**contents.parts, "train": train[kept], "validation": train[cut]})
 
 
 def _split(decoded: Decoded, contents: Contents, positions: np.ndarray) -> Split:

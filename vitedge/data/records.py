@@ -129,14 +129,16 @@ class Contents:
         classes: Class names.
         labels: int64 (N,).
         parts: Positions of each part's images in an order that does not depend on how they are packed:
-            `train` and perhaps `validation` and `test`, or `all` alone where the source has no splits.
+            `train` and perhaps `validation` and `test`.
         notes: As in `Dataset`.
+        test_is_made: Whether the source has no splits, and its test images were chosen by name.
     """
 
     classes: tuple[str, ...]
     labels: np.ndarray
     parts: dict[str, np.ndarray]
     notes: tuple[str, ...] = ()
+    test_is_made: bool = False
 
 
 @dataclass(frozen=True)
