@@ -27,6 +27,7 @@ from vitedge.host import tool_versions
 from vitedge.model_file import input_spec, write_contract
 from vitedge.quantize import Job
 from vitedge.quantize._calibrate import activation_ranges, as_library
+from vitedge.quantize._fragile import Operation, fragile_products
 from vitedge.quantize._onnxruntime_weights import Int4Weights, Int8Weights, store_weights, takes
 from vitedge.quantize._ranges import Ranges, describe
 from vitedge.quantize._source import batches, calibration_images, example_input, matching
@@ -151,11 +152,13 @@ def _prepare(job: Job, config: Int8Dynamic | Int8Weights) -> _Prepared:
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     candidates = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
     attention = isinstance(config, Int8Static) and config.attention
+    fragile = fragile_products(_operations(model.graph)) if attention else []
     chosen = [
         node.name
         for node in candidates
         if node.op_type in config.op_types
         and node.name not in excluded
+        and node.name not in fragile
         and (takes(node, constants) if isinstance(config, Int8Weights) else attention or node.input[1] in constants)
     ]
     if not chosen:
@@ -167,6 +170,19 @@ def _prepare(job: Job, config: Int8Dynamic | Int8Weights) -> _Prepared:
         )
     others = [node.name for node in candidates if node.name not in chosen]
     return _Prepared(model, chosen, others, {name: result.changed for name, result in zip(names, results, strict=True)})
+
+
+def _operations(graph: onnx.GraphProto) -> dict[str, Operation]:
+    """The graph without what is constant; every node has a name, and nodes are sorted."""
+    made_by: dict[str, str] = {}
+    found: dict[str, Operation] = {}
+    given = {value.name for value in graph.input}
+    for node in graph.node:
+        inputs = tuple(made_by[name] for name in node.input if name in made_by)
+        if inputs or given & {*node.input}:
+            found[node.name] = Operation(node.op_type, inputs)
+            made_by |= dict.fromkeys(node.output, node.name)
+    return found
 
 
 def _dynamic(prepared: _Prepared, settings: dict[str, Any]) -> onnx.ModelProto:

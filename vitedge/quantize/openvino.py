@@ -26,6 +26,7 @@ from vitedge.host import tool_versions
 from vitedge.model_file import input_spec
 from vitedge.model_file.ir_header import LABELS_INFO, PREPROCESSING_INFO
 from vitedge.quantize import Job
+from vitedge.quantize._fragile import Operation, fragile_products
 from vitedge.quantize._openvino_weights import Int4Weights, Int8Weights, compress
 from vitedge.quantize._source import batches, calibration_images, matching
 from vitedge.recipe import Scheme
@@ -82,7 +83,7 @@ def quantize(job: Job) -> Artifact:
 def _quantize(nncf: Any, model: Any, images: np.ndarray, job: Job) -> tuple[Any, list[str]]:
     config: Int8Static = job.config
     excluded = matching([op.get_friendly_name() for op in model.get_ordered_ops()], config.exclude)
-    excluded += [name for name in _choosing(model) if name not in excluded]
+    excluded += [name for name in fragile_products(_operations(model)) if name not in excluded]
     alpha = -1.0 if config.smooth_quant_alpha is None else config.smooth_quant_alpha
     advanced = nncf.AdvancedQuantizationParameters(
         # On processors whose 8-bit products saturate, weights keep to 7 bits.
@@ -106,17 +107,15 @@ def _quantize(nncf: Any, model: Any, images: np.ndarray, job: Job) -> tuple[Any,
     return quantized, excluded
 
 
-def _choosing(model: Any) -> list[str]:
-    """Products that choose tokens, or move the chosen: one int8 scale for a residual stream beside token sizes would ruin both."""
-    names = []
+def _operations(model: Any) -> dict[str, Operation]:
+    """The graph without what is constant."""
+    found: dict[str, Operation] = {}
     for op in model.get_ordered_ops():
-        if op.get_type_name() == "MatMul":
-            factors = [op.input_value(position).get_node() for position in (0, 1)]
-            origins = {(f.input_value(0).get_node() if f.get_type_name() == "Convert" else f).get_type_name() for f in factors}
-            readers = {port.get_node().get_type_name() for port in op.output(0).get_target_inputs()}
-            if "Equal" in origins or readers & {"TopK", "ReduceMax"}:
-                names.append(str(op.get_friendly_name()))
-    return names
+        sources = [value.get_node().get_friendly_name() for value in op.input_values()]
+        inputs = tuple(name for name in sources if name in found)
+        if inputs or op.get_type_name() == "Parameter":
+            found[op.get_friendly_name()] = Operation(op.get_type_name(), inputs)
+    return found
 
 
 class _Watched:
