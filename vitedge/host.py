@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,10 @@ ONNXRUNTIME_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"
 # Names of one processor family; the first is ours.
 _ARCHITECTURES = (("x86_64", "amd64"), ("aarch64", "arm64"))
 KNOWN_ARCHITECTURES = tuple(names[0] for names in _ARCHITECTURES)
+# What a shell may tell engines, their math libraries and the allocator without vitedge knowing: kernels, threads, memory.
+_ENGINE_PREFIXES = ("ONEDNN_", "DNNL_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "OV_", "ORT_", "MALLOC_")
+_ENGINE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "GLIBC_TUNABLES", "LD_PRELOAD")
+_OWN_VARIABLES = ("ORT_DISABLE_TELEMETRY",)  # set by vitedge itself
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,15 @@ def _profile_runtimes(host: Host) -> list[dict[str, object]]:
             if precisions:
                 uses.append({"runtime": name, "provider": provider, "precisions": precisions})
     return uses
+
+
+def engine_variables(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables of the environment that change what engines do or how fast, sorted by name."""
+    return {
+        name: value
+        for name, value in sorted(variables.items())
+        if (name.startswith(_ENGINE_PREFIXES) or name in _ENGINE_VARIABLES) and name not in _OWN_VARIABLES
+    }
 
 
 def tool_versions(names: Iterable[str]) -> dict[str, str]:

@@ -51,6 +51,23 @@ def test_memory_of_the_parent_is_not_the_workers(tmp_path: Path):
     assert 10 < peak < 250
 
 
+def test_nothing_but_the_engine_reads_the_file(tmp_path: Path):
+    """What parses ONNX would stand in the peak of memory of ONNX files alone."""
+    spy = tmp_path / "spy"
+    spy.mkdir()
+    told = tmp_path / "told"
+    (spy / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Spy:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        open({str(told)!r}, 'a').write(name + '\\n')\n"
+        "sys.meta_path.insert(0, Spy())\n"
+    )
+    time_in_worker(tiny_row(tmp_path, environment={"PYTHONPATH": str(spy)}), (1,), QUICK, describe=False)
+    imported = told.read_text().split()
+    assert "onnxruntime" in imported and "onnx" not in imported and "google.protobuf" not in imported
+
+
 def test_noise_on_stdout_does_not_break_the_answer(tmp_path: Path):
     """Noise from before the worker's first line to after its last, to the descriptor itself as an engine's C++ does."""
     noise = tmp_path / "noise"

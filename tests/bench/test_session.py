@@ -107,7 +107,11 @@ def test_rows_are_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert started == ["a", "b"] * 3
 
 
-def test_conditions_hold_what_a_figure_depends_on(tmp_path: Path):
+def test_conditions_hold_what_a_figure_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("ORT_DISABLE_TELEMETRY", "OMPANY", "PATH"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("LD_PRELOAD", "")
     profile = {
         "name": "board",
         "runtimes": [{"runtime": "onnxruntime", "provider": "CPUExecutionProvider"}],
@@ -118,7 +122,9 @@ def test_conditions_hold_what_a_figure_depends_on(tmp_path: Path):
     assert found["device"] == "board"
     assert found["mismatches"] == ["x"]
     assert (found["threads"], found["seed"], found["rounds"], found["seconds"]) == (3, 7, 5, 0.5)
-    assert found["cpu"] == host.cpu
+    assert (found["cpu"], found["gpus"]) == (host.cpu, list(host.gpus))
+    assert found["inherited"].items() >= {"ONEDNN_MAX_CPU_ISA": "AVX2", "LD_PRELOAD": ""}.items()
+    assert not {"ORT_DISABLE_TELEMETRY", "OMPANY", "PATH"} & set(found["inherited"])
     assert {"vitedge", "python", "onnxruntime", "numpy"} <= set(found["versions"])
     assert found["date"].endswith("+00:00")
     assert len(found["load_average"]) == 3

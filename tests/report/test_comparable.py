@@ -31,6 +31,11 @@ def test_rows_of_one_run_have_none(tmp_path: Path):
         ({"conditions": other_conditions(cores=64)}, "64 cores"),
         ({"conditions": other_conditions(date="2026-03-03T00:00:00+00:00")}, "another run"),
         ({"conditions": other_conditions(threads=1)}, "other threads than the baseline's: 1, not 2"),
+        (
+            {"conditions": other_conditions(inherited={"OMP_NUM_THREADS": "1"}, gpus=[])},
+            "other engine variables than the baseline's: OMP_NUM_THREADS=1, not none",
+        ),
+        ({"conditions": other_conditions(gpus=["NVIDIA T4"], inherited={})}, "other GPUs than the baseline's: NVIDIA T4, not none"),
         ({"conditions": other_conditions(commit="def+")}, "another commit than the baseline's: def+, not abc"),
         ({"conditions": other_conditions(versions={"vitedge": "1", "openvino": "3"})}, "openvino 3, not None"),
         ({"unstable": "the rounds' medians differ by 30 %"}, "unstable: the rounds' medians differ by 30 %"),

@@ -77,10 +77,17 @@ def test_conditions_are_under_every_table():
     busy = replace(
         FP32,
         emulated=True,
-        conditions={**CONDITIONS, "load_average": [5.0, 1, 1], "environment": {"ISA": "AVX2"}, "mismatches": ["arch: a, b"]},
+        conditions={
+            **CONDITIONS,
+            "load_average": [5.0, 1, 1],
+            "environment": {"ISA": "AVX2"},
+            "inherited": {"OMP_NUM_THREADS": "1"},
+            "mismatches": ["arch: a, b"],
+            "gpus": ["NVIDIA T4"],
+        },
     )
     text = "\n".join(notes([busy], []))
-    for word in ("EMULATED", "busy before", "ISA=AVX2", "arch: a, b"):
+    for word in ("EMULATED", "busy before", "under ISA=AVX2", "arch: a, b", "own OMP_NUM_THREADS=1", "NVIDIA T4, governor"):
         assert word in text
 
 
@@ -98,7 +105,7 @@ def test_fits_100_columns_with_nothing_cut():
         "faster x2.31",
         "2.20-2.43",
         "90.9-92.0",
-        "0.12",
+        "same 0.12",
         "-0.05~0.29",
     ):
         assert word in text

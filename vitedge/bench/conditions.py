@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import vitedge
 from vitedge.bench.timing import TimingSettings
-from vitedge.host import tool_versions
+from vitedge.host import engine_variables, tool_versions
 
 if TYPE_CHECKING:
     from vitedge.device import Device
@@ -54,12 +54,14 @@ def gather(device: Device, host: Host, settings: Settings, mismatches: Sequence[
     return {
         "device": device.name,
         "environment": dict(device.environment),
+        "inherited": engine_variables(),
         "mismatches": list(mismatches),
         "cpu": host.cpu,
         "arch": host.arch,
         "isa": list(host.isa),
         "cores": host.usable_cores,
         "memory_mib": host.memory_mib,
+        "gpus": list(host.gpus),
         "os": f"{host.os}, {host.kernel}",
         "governor": read_governor(),
         "load_average": list(host.load_average),

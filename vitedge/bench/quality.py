@@ -23,7 +23,7 @@ from vitedge.bench.isolation import run_worker
 from vitedge.bench.records import Difference, Measurement, Row
 from vitedge.errors import UsageError, VitedgeError
 from vitedge.evaluate import Quality, discordant, paired_interval, summarize, top1_agreement
-from vitedge.host import isa_flags, tool_versions
+from vitedge.host import engine_variables, isa_flags, tool_versions
 from vitedge.locations import cache_dir
 from vitedge.model_file import input_spec
 from vitedge.progress import Progress, silent
@@ -31,7 +31,7 @@ from vitedge.recipe import DataSpec, load_recipe
 
 BATCH_SIZE = 32
 SAMPLE_SEED = 0  # one seed, so that every row of every run sees the same sample
-KEY_VERSION = 2
+KEY_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _key(row: Row, images: Images) -> str:
         KEY_VERSION,
         row.artifact.sha256,
         row.artifact.preprocessing,
-        [row.runtime, row.provider, row.precision, row.environment],
+        [row.runtime, row.provider, row.precision, {**engine_variables(), **row.environment}],
         # A checkpoint is run by timm's modules and by vitedge's own, whose version alone does not tell every change of them: KEY_VERSION.
         tool_versions([runtime.HEAVY, "Pillow", *(["timm", "vitedge"] if row.artifact.format == "checkpoint" else [])]),
         # A float sum depends on the vector width, so another processor may answer otherwise.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vitedge.bench.compare import Comparison, Flips
 from vitedge.bench.records import Difference, Measurement, Verdict
 
@@ -89,3 +91,8 @@ def rate(measurement: Measurement) -> str:
 def mib(measurement: Measurement) -> str:
     """Size on disk, MiB."""
     return short(measurement.size_bytes / MIB)
+
+
+def assigned(variables: Mapping[str, str]) -> str:
+    """`NAME=value` of each, as a shell would have them."""
+    return " ".join(f"{name}={value}" for name, value in variables.items())

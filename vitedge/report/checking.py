@@ -10,7 +10,10 @@ from vitedge.bench.answers import unpack
 from vitedge.bench.records import Measurement
 from vitedge.errors import InputError
 
-SHAPES: dict[str, tuple[type, ...]] = {"versions": (dict,), "environment": (dict,), "mismatches": (list,), "load_average": (list,)}
+SHAPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("versions", "environment", "inherited"), (dict,)),
+    **dict.fromkeys(("mismatches", "load_average", "gpus"), (list,)),
+}
 
 
 def what_is_wrong(measurement: Measurement) -> str:

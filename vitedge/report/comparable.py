@@ -13,6 +13,7 @@ from typing import Any
 from vitedge.bench.compare import HOST, run_of
 from vitedge.bench.records import Measurement
 from vitedge.report.against import rows_named
+from vitedge.report.cells import assigned
 from vitedge.report.records import Against, Row, Table
 
 MOST_NAMES = 3
@@ -119,6 +120,10 @@ def _differences(own: Measurement, reference: Measurement) -> list[str]:
         found.append(_images(own, reference))
     if here.get("threads") != there.get("threads"):
         found.append(f"other threads than the baseline's: {here.get('threads')}, not {there.get('threads')}")
+    for name, what in (("inherited", "engine variables"), ("gpus", "GPUs")):
+        # Measurements of earlier versions do not say.
+        if name in here and name in there and here[name] != there[name]:
+            found.append(f"other {what} than the baseline's: {_listed(here[name])}, not {_listed(there[name])}")
     if here.get("commit") != there.get("commit"):
         found.append(f"another commit than the baseline's: {here.get('commit')}, not {there.get('commit')}")
     versions, others = here.get("versions", {}), there.get("versions", {})
@@ -137,6 +142,11 @@ def _images(own: Measurement, reference: Measurement) -> str:
     if known and (own.answers or {}).get("images") != (reference.answers or {}).get("images"):
         return f"images of another content than the baseline's, though both are called {own.top1_images}"
     return ""
+
+
+def _listed(values: dict[str, str] | list[str]) -> str:
+    """Variables with their values, or names."""
+    return (assigned(values) if isinstance(values, dict) else ", ".join(values)) or "none"
 
 
 def _host(conditions: dict[str, Any]) -> str:
@@ -159,9 +169,11 @@ def _lines(measurement: Measurement) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in c.get("versions", {}).items())
     load = c.get("load_average") or [float("nan")]
     emulated = " (EMULATED)" if measurement.emulated else ""
+    gpus, inherited = ", ".join(c.get("gpus") or []), assigned(c.get("inherited") or {})
     return [
         f"device {c.get('device')}{emulated}: {c.get('cpu')}, {c.get('threads')} threads of {c.get('cores')} usable cores, "
-        f"{c.get('memory_mib')} MiB, {c.get('os')}, governor {c.get('governor') or 'unknown'}, load {load[0]:.2f} before",
+        f"{c.get('memory_mib')} MiB, {c.get('os')}, {f'{gpus}, ' if gpus else ''}governor {c.get('governor') or 'unknown'}, "
+        f"load {load[0]:.2f} before{f'; inherited {inherited}' if inherited else ''}",
         f"{c.get('rounds')} rounds in turns, each a new process, at least {c.get('seconds')} s and {c.get('iterations')} inferences after "
         "warm-up; ratios paired over rounds, 95 % bootstrap interval (`vs fp32`: Student's t); `same` is a difference inside it",
         f"{versions}; vitedge commit {c.get('commit')}; seed {c.get('seed')}; {c.get('date')}",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vitedge.bench.records import Measurement, Skipped, Verdict
-from vitedge.report.cells import NONE, points, short
+from vitedge.report.cells import NONE, assigned, drop, points, short
 from vitedge.report.records import precision_of
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def rows(measurements: Sequence[Measurement], batches: Sequence[int]) -> list[li
                 else f"{some.top1:.2f}\n{some.top1_interval[0]:.1f}-{some.top1_interval[1]:.1f}",
                 NONE
                 if some.top1_drop is None
-                else f"{points(some.top1_drop.points)}\n{points(some.top1_drop.low)}~{points(some.top1_drop.high)}",
+                else f"{drop(some.top1_drop)[0]}\n{points(some.top1_drop.low)}~{points(some.top1_drop.high)}",
                 *(NONE if batch not in by_batch else verdict(by_batch[batch].verdict) for batch in batches),
             ]
         )
@@ -128,18 +128,20 @@ def conditions(measurement: Measurement) -> list[str]:
     """The conditions, as lines."""
     c = measurement.conditions
     versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items())
-    load = c["load_average"][0]
+    load, gpus = c["load_average"][0], "".join(f"{name}, " for name in c.get("gpus", []))
     lines = [
         f"device {c['device']}{' (EMULATED)' if measurement.emulated else ''}: {c['cpu']}, {c['threads']} threads of {c['cores']} usable "
-        f"cores, {c['os']}, governor {c['governor'] or 'unknown'}, load {load:.2f} before",
+        f"cores, {c['os']}, {gpus}governor {c['governor'] or 'unknown'}, load {load:.2f} before",
         f"{c['rounds']} rounds, each a new process and at least {c['seconds']:g} s and {c['iterations']} inferences after warm-up; "
         "ratios paired over rounds, 95 % t interval",
         f"{versions}; vitedge commit {c['commit']}; seed {c['seed']}; {c['date']}",
     ]
     if c["mismatches"]:
         lines.insert(1, f"this host is not that device: {'; '.join(c['mismatches'])}")
+    if c.get("inherited"):
+        lines.insert(1, f"the shell's own {assigned(c['inherited'])}")
     if c["environment"]:
-        lines.insert(1, f"measured under {' '.join(f'{name}={value}' for name, value in c['environment'].items())}")
+        lines.insert(1, f"measured under {assigned(c['environment'])}")
     if load > c["cores"] / 2:
         lines.insert(1, f"warning: the host was busy before the bench (load {load:.2f}); the figures may be too low")
     return lines
