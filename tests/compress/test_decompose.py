@@ -166,7 +166,7 @@ def test_sensitivity_keeps_more_in_as_many_weights() -> None:
     assert ranks["blocks.1.mlp.fc1"] == 2 and sum(ranks.values()) == 16
 
 
-def test_gradients_of_outputs_are_autograds_and_leave_nothing_behind() -> None:
+def test_gradients_of_outputs_are_autograds_over_all_tokens_and_leave_nothing_behind() -> None:
     model, x_BCHW, target_B = made.student().train(), images(), torch.from_numpy(made.sample(48)[1])
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in NAMES}
     found = output_gradients(model, layers, x_BCHW, target_B)
@@ -185,7 +185,7 @@ def test_gradients_of_outputs_are_autograds_and_leave_nothing_behind() -> None:
         loss = nn.functional.cross_entropy(double(x_BCHW.double()), target_B, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, kept[0])
         hook.remove()
-        assert found[name] == pytest.approx(float(gradient.square().mean()), rel=1e-3)
+        assert found[name] == pytest.approx(float(gradient.square().sum(1).mean()), rel=1e-3)
 
 
 def test_ranks_go_where_the_loss_needs_them() -> None:

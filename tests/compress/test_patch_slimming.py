@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tests.compress import made
@@ -84,17 +85,30 @@ def test_positions_narrow_on_a_straight_line_and_are_nested(token: bool) -> None
     assert local_positions([[0, 2, 5, 7], [0, 5], [0]]) == [[0, 2, 5, 7], [0, 2], [0]]
 
 
-def test_the_most_significant_positions_are_the_ones_that_are_kept() -> None:
-    model, x_BCHW = opened(), images(20)
+def with_registers() -> Any:
+    """As `opened`, with a class token and two registers before its 16 patch tokens."""
+    torch.manual_seed(0)
+    model: Any = VisionTransformer(16, 4, num_classes=3, embed_dim=16, depth=3, num_heads=2, reg_tokens=2)
+    for tensor in model.parameters():
+        if tensor.ndim > 1:
+            nn.init.normal_(tensor, std=0.3)
+    open_attention(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_the_most_significant_positions_for_the_answer_are_the_ones_that_are_kept(registers: int) -> None:
+    model, x_BCHW, prefix = with_registers() if registers else opened(), images(20), 1 + registers
     chosen = choose(model, x_BCHW, 0.25, 0.0, 4)
     with torch.no_grad():
         tokens = [model.patch_drop(model._pos_embed(model.patch_embed(x_BCHW)))]
         for block in model.blocks:
             tokens.append(block(tokens[-1]))
-        start_BNN = torch.diag(torch.eye(17)[0]).expand(20, -1, -1)
+        # The answer is read off the class token alone: what registers gather in the last block goes nowhere.
+        start_BNN = torch.diag(torch.eye(prefix + 16)[0]).expand(20, -1, -1)
         _, score_N = significance(model.blocks[1], model.blocks[2], tokens[1], tokens[2], start_BNN, [0])
-    best = {1 + int(i) for i in score_N[1:].argsort(descending=True)[:4]}
-    assert set(chosen.kept[1]) == {0, *best}
+    best = {prefix + int(i) for i in score_N[prefix:].argsort(descending=True)[:4]}
+    assert set(chosen.kept[1]) == {*range(prefix), *best}
 
 
 def test_a_tolerance_is_kept_or_all_positions_are() -> None:

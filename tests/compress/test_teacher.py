@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.compress import made
-from vitedge.compress._teacher import CachedTeacher, load_teacher
+from tests.compress import made, reducing
+from vitedge.compress import tome
+from vitedge.compress._teacher import CachedTeacher, load_teacher, own_teacher
 from vitedge.errors import InputError
 
 
@@ -132,3 +133,12 @@ def test_whatever_changes_the_answer_changes_the_file(tmp_path: Path, monkeypatc
     paths.append(CachedTeacher(load_teacher(other, base), base).notes["path"])
     assert len(set(paths)) == 8
     assert CachedTeacher(load_teacher(checkpoint, base), base).notes["path"] == paths[0]
+
+
+def test_the_model_as_it_was_is_known_by_what_it_does_not_by_its_weights_alone() -> None:
+    context = reducing.context()
+    merging = [tome.apply(reducing.vit(), tome.Config(r=r, blocks=(1,)), context).model for r in (2, 2, 4)]
+    same, again, other = (own_teacher(model, context).sha256 for model in merging)
+    assert same == again != other
+    assert all(torch.equal(a, b) for a, b in zip(merging[0].state_dict().values(), merging[2].state_dict().values(), strict=True))
+    assert own_teacher(reducing.vit(seed=1), context).sha256 != own_teacher(reducing.vit(), context).sha256

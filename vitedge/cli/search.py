@@ -110,7 +110,7 @@ def show_forecast(plain: dict[str, Any]) -> None:
     for settings in plain["first"]:
         say(f"first: {', '.join(f'{path} {value}' for path, value in settings.items()) or 'what the sampler draws'}")
     limits = ", ".join(f"{name} {value:g}" for name, value in plain["limits"].items())
-    say(f"on device {plain['device']}, for {', '.join(plain['objectives'])}; limits: {limits or 'none'}")
+    say(f"on device {plain['device']}, batch {plain['batch_size']}, for {', '.join(plain['objectives'])}; limits: {limits or 'none'}")
     baseline, trial = plain["seconds_baseline"], plain["seconds_trial"]
     say(f"baseline {plain['baseline']}: about {_minutes(baseline)}; a trial: about {_minutes(trial)}")
     say(f"in all about {_minutes(plain['seconds_estimated'])}, in {plain['folder']}")
@@ -197,7 +197,8 @@ def notes(outcome: Outcome) -> list[str]:
         f"ended: {outcome.ended}",
         f"img/s: ratio to {base['fastest']} of {base['recipe']}, timed in turns in the same run; size: to its smallest file; "
         f"lost: points below {base['best']}",
-        f"{conditions['cpu']}, {conditions['threads']} threads, device {plain['device']}; {outcome.points[0].images}",
+        f"{conditions['cpu']}, {conditions['threads']} threads, batch {plain['batch_size']}, device {plain['device']}; "
+        f"{outcome.points[0].images}",
     ]
     lines += [f"trial {record.number} failed: {record.failure}" for record in failed[:5]]
     lines += [f"{len(failed) - 5} more failed; search.json says why"] if len(failed) > 5 else []

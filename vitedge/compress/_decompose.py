@@ -143,7 +143,9 @@ def input_roots(model: nn.Module, layers: dict[str, nn.Linear], x_BCHW: torch.Te
 
 
 def output_gradients(model: nn.Module, layers: dict[str, nn.Linear], x_BCHW: torch.Tensor, target_B: torch.Tensor) -> dict[str, float]:
-    """Mean square, over tokens and outputs, of the gradient of each image's cross-entropy by each layer's outputs.
+    """Square of the gradient of each image's cross-entropy by each layer's outputs: mean over images and outputs, sum over tokens.
+
+    A layer behind merged or dropped tokens has fewer that can be wrong.
 
     Args:
         model: Left in the mode that it has, and without gradients of its parameters.
@@ -151,12 +153,11 @@ def output_gradients(model: nn.Module, layers: dict[str, nn.Linear], x_BCHW: tor
         x_BCHW: Model inputs, float32.
         target_B: Their classes, int64.
     """
-    sums, counts = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0)
+    sums = dict.fromkeys(layers, 0.0)
 
     def look(module: nn.Module, inputs: Any, y: torch.Tensor, name: str) -> None:
         def add(gradient: torch.Tensor) -> None:
             sums[name] += float(gradient.double().square().sum())
-            counts[name] += gradient.numel()
 
         y.register_hook(add)
 
@@ -171,7 +172,7 @@ def output_gradients(model: nn.Module, layers: dict[str, nn.Linear], x_BCHW: tor
             x = x.to(device).requires_grad_()
             loss = nn.functional.cross_entropy(model(x), target.to(device), reduction="sum")
             torch.autograd.grad(loss, x)
-    return {name: sums[name] / max(1, counts[name]) for name in layers}
+    return {name: total / (len(x_BCHW) * layers[name].out_features) for name, total in sums.items()}
 
 
 def _root(name: str, mean_II: torch.Tensor, damping: float) -> torch.Tensor:

@@ -95,12 +95,12 @@ def _asked(config: Config, name: str, shape: Shape, squares_K: torch.Tensor | No
 
 
 def weighed(energies: dict[str, torch.Tensor], gradients: dict[str, float]) -> dict[str, torch.Tensor]:
-    """The energies in units of the loss: times the mean square of its gradient by each layer's outputs.
+    """The energies in units of the loss: times the squares of its gradient by each layer's outputs, of all tokens of an image.
 
-    To second order, with the Fisher information in the place of the curvature and its directions taken to be alike, an error
-    dy of a layer's outputs changes the loss by E[(g dy)^2] / 2 = E[g^2] E[dy^2] / 2 (as Hsu et al. 2022, "Language model
-    compression with weighted low-rank factorization", arXiv:2207.00112, weigh rows of a weight); of whitened weights dy^2 is
-    the energy that is left out.
+    To second order, with the Fisher information in the place of the curvature and its directions taken to be alike, errors
+    dy of a layer's outputs change the loss by E[(sum_t g_t dy_t)^2] / 2 = sum_t E[g_t^2] E[dy^2] / 2 over its tokens t (as
+    Hsu et al. 2022, "Language model compression with weighted low-rank factorization", arXiv:2207.00112, weigh rows of a
+    weight); of whitened weights dy^2 is the energy that is left out.
     """
     return {name: squares_K * gradients[name] for name, squares_K in energies.items()}
 

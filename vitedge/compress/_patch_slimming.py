@@ -92,7 +92,9 @@ def choose(model: nn.Module, x_BCHW: torch.Tensor, keep: float | None, tolerance
         prefix, count, depth = vit.num_prefix_tokens, tokens[0].shape[1], len(vit.blocks)
         kept = [list(range(prefix))]
         errors: list[float] = []
-        impact_BNN = torch.diag(_mask(kept[0], tokens[0])).expand(len(x_BCHW), -1, -1)
+        # Registers, the last of the prefix, go through all blocks, but no answer is read off them.
+        answering = range(prefix - vit.num_reg_tokens)
+        impact_BNN = torch.diag(_mask(answering, tokens[0])).expand(len(x_BCHW), -1, -1)
         for index in reversed(range(depth - 1)):
             following = vit.blocks[index + 1]
             impact_BNN, score_N = significance(vit.blocks[index], following, tokens[index], tokens[index + 1], impact_BNN, kept[0])

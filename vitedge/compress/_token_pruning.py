@@ -1,7 +1,8 @@
 """Keeping the patch tokens that the class token attends to most.
 
-The order of patch tokens means nothing to a ViT, so that TopK's order is left as it is. Where two scores are equal, TopK takes the
-first in ONNX, and in PyTorch either.
+The order of patch tokens means nothing to a ViT, so that TopK's order is left as it is; a low-rank core in a later block, which makes
+landmarks or projections of neighbours, gets tokens of like scores as such. Where two scores are equal, TopK takes the first in ONNX,
+and in PyTorch either.
 Shapes: B batch, N tokens, T patch tokens, D embed_dim.
 """
 

@@ -71,6 +71,7 @@ def write_result(
         "search": search.name,
         "description": search.description,
         "device": shop.device.name,
+        "batch_size": search.measure.batch_size,
         "objectives": list(search.objectives),
         "limits": shop.limits,
         "ended": ended,

@@ -105,6 +105,7 @@ def forecast(request: SearchRequest, say: Callable[[str], None]) -> dict[str, An
         "folder": str(shop.folder),
         "baseline": definition.baseline.name,
         "device": shop.device.name,
+        "batch_size": search.measure.batch_size,
         "objectives": list(search.objectives),
         "limits": shop.limits,
         "space": {path: explain(dimension) for path, dimension in space.dimensions.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -81,6 +82,9 @@ class Run:
                 fix="raise train.batch_size, or check the data set with `vitedge data info`",
             )
         self.wrapped = processes.wrap(self.model)
+        if config.compile:
+            # The compiler's start looks for CUDA on every machine, and warns in the middle of the progress where there is none.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         self.network = torch.compile(self.wrapped, dynamic=False) if config.compile else self.wrapped
         self.clock = Clock(processes.device)
         self.ema = ModelEmaV3(self.model, decay=config.ema, use_warmup=True) if config.ema else None
