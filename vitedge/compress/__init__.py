@@ -12,6 +12,8 @@ One that makes a quantized model offers `scheme(config) -> str`, the name that i
 where products run in 8 bits).
 
 One whose result depends on how fast a model runs offers `times(config) -> bool`: the device is then part of the build's key.
+One that compares with the model as it was before the techniques in front of it offers `looks_back(config) -> bool`: that model is
+then kept for it, as `Context.origin`.
 One that makes a step of training longer may offer `step_cost(config) -> float`, about how many times: the estimate of `--dry-run`.
 
 A parameter that a technique adds may carry an attribute `lr_scale: float`: its learning rate is that many times the
@@ -106,6 +108,8 @@ class Context:
             their classes int64 (count,); the same ones whenever it is asked. Never of validation or test.
         latency: `latency(model)` gives the time that a float model takes on the device; the model stays as it is, and a run that is
             resumed is told the same again. None where nothing is built for a device, as in a preview.
+        origin: The model as it was loaded or last trained, before the techniques in front of this one; for one that `looks_back`,
+            else None. It stays as it is.
     """
 
     num_classes: int
@@ -122,6 +126,7 @@ class Context:
     untouched: Callable[[], nn.Module]
     sample: Callable[[int], tuple[np.ndarray, np.ndarray]]
     latency: Callable[[nn.Module], Timing] | None = None
+    origin: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ Shapes: B images, N tokens, T patch tokens, D embed_dim, H heads; M above is imp
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from vitedge.errors import InputError, UsageError
 from vitedge.models.attention import Attended
+from vitedge.models.evaluating import evaluating
 from vitedge.models.reducing_block import wrap_blocks
 
 _BATCH = 16  # images: three heads' attention of 785 tokens takes 120 MB then
@@ -87,7 +87,7 @@ def choose(model: nn.Module, x_BCHW: torch.Tensor, keep: float | None, tolerance
         InputError: Features are infinite or NaN.
     """
     vit: Any = model
-    with _in_eval_mode(model):
+    with evaluating(model):
         tokens = _tokens_of_blocks(vit, x_BCHW.to(next(model.parameters()).device))
         prefix, count, depth = vit.num_prefix_tokens, tokens[0].shape[1], len(vit.blocks)
         kept = [list(range(prefix))]
@@ -217,15 +217,3 @@ def _mask(kept: Sequence[int], tokens_BND: torch.Tensor) -> torch.Tensor:
     mask_N = tokens_BND.new_zeros(tokens_BND.shape[1])
     mask_N[list(kept)] = 1
     return mask_N
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model as it answers; its modes come back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -16,6 +16,7 @@ from torch import nn
 
 from vitedge.compress._prune_units import PER_HEAD, STREAM, Place, readers, unit_sums, width
 from vitedge.errors import InputError, UsageError
+from vitedge.models.evaluating import evaluating
 from vitedge.models.gated import OPEN, READERS, Gate, gated_layers, skip_gate, ungate_
 
 BATCH = 32  # images of one forward pass
@@ -55,7 +56,7 @@ def taylor(model: nn.Module, places: Sequence[Place], x_BCHW: torch.Tensor, targ
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = [*zip(x_BCHW.split(BATCH), target.split(BATCH), strict=True)]
     found: Scores = {}
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         for x, y in batches:
             loss = F.cross_entropy(model(_like(x, model)), y.to(parameters[0].device))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -84,7 +85,7 @@ def divergence(model: nn.Module, places: Sequence[Place], x_BCHW: torch.Tensor, 
     """
     magnitudes = magnitude(model, places)
     found: Scores = {}
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         full_BC = _log_probabilities(model, x_BCHW)
         for place in places:
             size = magnitudes[place].flatten()
@@ -166,18 +167,6 @@ def _without(model: nn.Module, place: Place, units: torch.Tensor) -> Iterator[No
     finally:
         for (tensor, axis, index), values in zip(parts, kept, strict=True):
             tensor.index_copy_(axis, index, values)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model as it answers outside of training; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _finite(scores: Scores) -> Scores:

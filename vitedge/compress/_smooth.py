@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -118,19 +118,6 @@ def _refusal(fold: Fold, where: str, expected: str, found: Any) -> UsageError:
         found=text,
         fix=f"put `smooth` before the step that changed it, or leave {fold.kind} out of smooth.folds",
     )
-
-
-@contextlib.contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model as it answers, without gradients; its modes come back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def run(model: nn.Module, x_BCHW: torch.Tensor) -> torch.Tensor:

@@ -78,13 +78,14 @@ def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
     """
     import torch
 
-    from vitedge.compress._smooth import check_unchanged, describe, find_folds, fold_, in_eval_mode, measure, run, smoothing_factors
+    from vitedge.compress._smooth import check_unchanged, describe, find_folds, fold_, measure, run, smoothing_factors
     from vitedge.compress._smooth_search import search
+    from vitedge.models.evaluating import evaluating
 
     folds = find_folds(model, config.folds)
     x_BCHW = torch.from_numpy(context.sample(config.images)[0])
     notes: dict[str, Any] = {"alpha": config.alpha, "images": len(x_BCHW), "floor": config.floor}
-    with in_eval_mode(model):
+    with evaluating(model), torch.no_grad():
         spans, before_BC = measure(model, folds, x_BCHW)
         alphas: dict[str, float | None]
         if config.alpha == "search":

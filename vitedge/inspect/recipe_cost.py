@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from vitedge.models.cost import CostTable, ModuleCost, cost_table
 from vitedge.models.weights import WeightsSource, locate
 from vitedge.progress import Progress, silent
 from vitedge.recipe import PreprocessSpec, Recipe, TrainConfig
-from vitedge.train.context import technique_context
+from vitedge.train.context import kept_origin, looks_back, technique_context
 from vitedge.train.steps import CheckpointJob, checkpoint_meta, converted, with_technique
 
 IMAGES = 64  # that a technique is shown at most: how much it takes away hardly depends on them, and seconds do
@@ -141,6 +142,7 @@ def _take_steps(job: CheckpointJob, model: nn.Module, before: CostTable, progres
     taken: list[StepCost] = []
     active: list[tuple[str, Compressed]] = []
     trained = False
+    origin: nn.Module | None = None
     for index, (name, config) in enumerate(job.recipe.steps):
         began = time.monotonic()
         progress(index, len(job.recipe.steps), name)
@@ -148,6 +150,7 @@ def _take_steps(job: CheckpointJob, model: nn.Module, before: CostTable, progres
             trained = True
             taken.append(StepCost(index, name, "not trained", ()))
             continue
+        origin = kept_origin(job.recipe.steps, index, model, origin)
         technique = plugins.load("compress", name)
         try:
             technique.files(config, job.path.parent.parent)
@@ -157,7 +160,10 @@ def _take_steps(job: CheckpointJob, model: nn.Module, before: CostTable, progres
         if hasattr(technique, "times") and technique.times(config):
             taken.append(StepCost(index, name, "left out", (TIMED,)))
             continue
-        context = technique_context(job, meta, index, "cpu")
+        if looks_back(name, config) and (earlier := _left_out(taken)):
+            taken.append(StepCost(index, name, "left out", (f"it goes by what `{earlier}` makes of the model, which is left out here",)))
+            continue
+        context = technique_context(job, meta, index, "cpu", origin=origin)
         try:
             compressed: Compressed = technique.apply(model, config, replace(context, sample=partial(_few, context.sample)))
         except VitedgeError as refusal:
@@ -176,6 +182,12 @@ def _take_steps(job: CheckpointJob, model: nn.Module, before: CostTable, progres
         before = after
     progress(len(job.recipe.steps), len(job.recipe.steps))
     return taken, None
+
+
+def _left_out(taken: list[StepCost]) -> str | None:
+    """The last technique since the last training that was left out, or None."""
+    row = itertools.takewhile(lambda step: step.outcome != "not trained", reversed(taken))
+    return next((step.name for step in row if step.outcome == "left out"), None)
 
 
 def _few(sample: Callable[[int], tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:

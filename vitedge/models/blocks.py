@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from vitedge.errors import UsageError
+from vitedge.errors import UsageError, closest
 from vitedge.models.quantized import rounds
 
 PARTS = ("norm1", "attn", "norm2", "mlp")
@@ -35,6 +36,28 @@ def block_names(model: nn.Module, technique: str) -> list[str]:
             fix="remove the step, or choose a ViT or DeiT as model.arch",
         )
     return names
+
+
+def matching_blocks(names: Sequence[str], patterns: Sequence[str], technique: str) -> list[str]:
+    """Those of the blocks that a pattern names, in their order.
+
+    Args:
+        names: Of blocks.
+        patterns: fnmatch patterns.
+        technique: Whom an error speaks of.
+
+    Raises:
+        UsageError: A pattern names no block.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"{technique}.blocks",
+                expected="patterns that match blocks",
+                found=f"'{pattern}', which matches none{closest(pattern, list(names))}",
+                fix="name blocks as the model does, such as blocks.0 or blocks.1?",
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 # What a timm block may have in it that normalizes over units of a kind.

@@ -8,7 +8,6 @@ head's queries and keys, V width of its values; images are BCHW, with C channels
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitedge.errors import UsageError, closest
+from vitedge.errors import UsageError
 from vitedge.models.attention import open_attention
+from vitedge.models.blocks import matching_blocks
 from vitedge.models.quantized import rounds
 
 WIDE = (torch.float32, torch.float64)
@@ -112,15 +112,8 @@ def find_slots(model: nn.Module, technique: str, patterns: Sequence[str], x_BCHW
             technique, expected="a float model", found="a quantized one", fix=f"put `{technique}` before the step that quantizes"
         )
     blocks = {name: name.rpartition(".")[0] for name in open_attention(model)}
-    for pattern in patterns:
-        if not fnmatch.filter(blocks.values(), pattern):
-            raise UsageError(
-                f"{technique}.blocks",
-                expected="patterns that match blocks",
-                found=f"'{pattern}', which matches none{closest(pattern, list(blocks.values()))}",
-                fix="name blocks as the model does, such as blocks.0 or blocks.1?",
-            )
-    chosen = [name for name, block in blocks.items() if any(fnmatch.fnmatchcase(block, pattern) for pattern in patterns)]
+    matching = matching_blocks(list(blocks.values()), patterns, technique)
+    chosen = [name for name, block in blocks.items() if block in matching]
     for name in chosen:
         _check_free(technique, name, model.get_submodule(name))
     _check_unmasked(model, technique, chosen)

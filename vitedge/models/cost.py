@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from vitedge.models.attention import OpenAttention
+from vitedge.models.evaluating import evaluating
 from vitedge.models.heads import classifier_names
 from vitedge.models.quantized import IntegerWeight
 
@@ -171,7 +172,7 @@ def _own_macs(model: nn.Module, shape_CHW: tuple[int, int, int]) -> defaultdict[
         display=False, custom_mapping={torch.ops.aten.mv: _vector_operations, torch.ops.aten.dot: _vector_operations}
     )
     running = _Running(counter)
-    with _in_eval_mode(model), contextlib.ExitStack() as stack:
+    with _without_gradients(model), contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(running.enter, name=name)).remove)
             stack.callback(module.register_forward_hook(running.leave).remove)
@@ -228,19 +229,15 @@ class _Running:
 
 
 @contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model as it answers, without gradients; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """The model as it answers, its parameters asking for no gradient, which they do again afterwards."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     # A view of a parameter, as a shared weight's transposition is, would still ask for the gradient that torch's counter then looks for.
     for parameter in learned:
         parameter.requires_grad_(False)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training

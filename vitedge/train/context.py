@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vitedge import plugins
 from vitedge.compress import Context
 from vitedge.data.sample import labelled_sample
 from vitedge.errors import UsageError
@@ -21,8 +24,18 @@ if TYPE_CHECKING:
     from vitedge.train.steps import CheckpointJob
 
 
-def technique_context(job: CheckpointJob, meta: CheckpointMeta, index: int, torch_device: str, timings: Timings | None = None) -> Context:
+def technique_context(
+    job: CheckpointJob, meta: CheckpointMeta, index: int, torch_device: str, timings: Timings | None = None, origin: nn.Module | None = None
+) -> Context:
     """What the technique at `index` of the recipe may know, the `train` steps after it included.
+
+    Args:
+        job: The recipe, its data and where it is built.
+        meta: Header of its checkpoint.
+        index: Of the technique among the recipe's steps.
+        torch_device: `cpu` or `cuda`.
+        timings: What times models on the device; None where nothing is built for one.
+        origin: As `kept_origin` gives it.
 
     Raises:
         UsageError: There is no data set.
@@ -48,7 +61,29 @@ def technique_context(job: CheckpointJob, meta: CheckpointMeta, index: int, torc
         partial(_untouched, meta),
         partial(labelled_sample, job.dataset, job.recipe.contract(), seed=job.recipe.seed),
         timings,
+        origin,
     )
+
+
+def kept_origin(steps: Sequence[tuple[str, Any]], index: int, model: nn.Module, kept: nn.Module | None) -> nn.Module | None:
+    """What the technique at `index` gets as `Context.origin`: a copy made before the first of the techniques that follow each other.
+
+    Args:
+        steps: The recipe's.
+        index: Of the step that is to act next.
+        model: As it is now.
+        kept: What this gave for the step before.
+    """
+    if index and not isinstance(steps[index - 1][1], TrainConfig):
+        return kept
+    row = itertools.takewhile(lambda step: not isinstance(step[1], TrainConfig), steps[index:])
+    return copy.deepcopy(model) if any(looks_back(name, config) for name, config in row) else None
+
+
+def looks_back(name: str, config: Any) -> bool:
+    """Whether a technique compares with the model as it was before the techniques in front of it."""
+    technique = plugins.load("compress", name)
+    return hasattr(technique, "looks_back") and bool(technique.looks_back(config))
 
 
 def _untouched(meta: CheckpointMeta) -> nn.Module:

@@ -31,7 +31,7 @@ from vitedge.models.weights import WeightsSource
 from vitedge.progress import Progress
 from vitedge.recipe import Recipe, TrainConfig
 from vitedge.train.augment import Batches
-from vitedge.train.context import refuse_untaught, technique_context
+from vitedge.train.context import kept_origin, refuse_untaught, technique_context
 from vitedge.train.job import Log, TrainJob
 from vitedge.train.loop import train
 from vitedge.train.processes import Processes
@@ -103,6 +103,7 @@ class _Steps:
     active: list[tuple[str, Compressed]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
     watcher: Watcher | None = None
+    origin: nn.Module | None = None
 
     def __post_init__(self) -> None:
         job = self.job
@@ -127,7 +128,8 @@ class _Steps:
             technique = plugins.load("compress", name)
             if hasattr(technique, "scheme"):  # the model as it was in float is what its quantized file is compared with
                 self.save(converted(copy.deepcopy(self.model), self.active), self.job.path.with_name(FLOAT))
-            context = technique_context(self.job, self.meta, index, self.processes.device.type, self.timings(index))
+            self.origin = kept_origin(self.job.recipe.steps, index, self.model, self.origin)
+            context = technique_context(self.job, self.meta, index, self.processes.device.type, self.timings(index), self.origin)
             compressed = technique.apply(self.model, config, context)
             trains_later = any(isinstance(c, TrainConfig) for _, c in self.job.recipe.steps[index:])
             if (compressed.losses or compressed.on_step) and not trains_later:
