@@ -83,7 +83,8 @@ def model_of(student: CheckpointMeta, seed: int = 0) -> nn.Module:
 
 def apply(name: str, builds: Path, student: CheckpointMeta, model: nn.Module) -> Compressed:
     module = plugins.load("compress", name)
-    context = made.context(builds, untouched=partial(model_of, student), sample=partial(made.sample, size=student.img_size))
+    sample = partial(made.sample, size=student.img_size)
+    context = made.context(builds, untouched=partial(model_of, student), sample=sample, origin=model_of(student, seed=1))
     compressed: Compressed = module.apply(model, module.Config(**NEEDED.get(name, {})), context)
     return compressed
 
