@@ -98,6 +98,19 @@ def test_a_teacher_that_is_not_there_is_said_and_the_rest_goes_on(tmp_path: Path
     assert second.outcome == "done" and found.error is None
 
 
+def test_a_fit_goes_by_the_steps_before_it(tmp_path: Path) -> None:
+    """To what it is fitted is there in a preview too; left out where a step that it goes by is, refused where nothing changed the model."""
+    cut = {"prune": {"score": "magnitude", "ratio": 0.2}}
+    done = estimate(recipe([{"distill": {"teacher": "nobody"}}, cut, "refit", TRAIN, "activation", "refit"]), tmp_path)
+    assert [step.outcome for step in done.steps] == ["left out", "done", "done", "not trained", "done", "done"]
+    assert done.steps[2].after is not None and done.steps[2].after.total == done.steps[1].after.total  # type: ignore[union-attr]
+    timed = estimate(recipe([{"prune": {"target": {"latency_ms": 3}}}, "refit"]))
+    assert timed.steps[1].says == ("it goes by what `prune` makes of the model, which is left out here",) and timed.error is None
+    refused = estimate(recipe([cut, "refit", TRAIN, "refit"]))
+    assert [step.outcome for step in refused.steps] == ["done", "done", "not trained", "refused"]
+    assert "a step before it that changed the model since it was loaded or last trained" in str(refused.error)
+
+
 def test_a_cut_to_a_time_is_left_out() -> None:
     found = estimate(recipe([{"prune": {"target": {"latency_ms": 3}}}, "smooth", TRAIN]))
     assert [(step.name, step.outcome) for step in found.steps] == [("prune", "left out"), ("smooth", "done"), ("train", "not trained")]

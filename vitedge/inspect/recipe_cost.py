@@ -160,7 +160,7 @@ def _take_steps(job: CheckpointJob, model: nn.Module, before: CostTable, progres
         if hasattr(technique, "times") and technique.times(config):
             taken.append(StepCost(index, name, "left out", (TIMED,)))
             continue
-        if looks_back(name, config) and (earlier := _left_out(taken)):
+        if looks_back(name, config) and (earlier := _timed(taken)):
             taken.append(StepCost(index, name, "left out", (f"it goes by what `{earlier}` makes of the model, which is left out here",)))
             continue
         context = technique_context(job, meta, index, "cpu", origin=origin)
@@ -184,10 +184,10 @@ def _take_steps(job: CheckpointJob, model: nn.Module, before: CostTable, progres
     return taken, None
 
 
-def _left_out(taken: list[StepCost]) -> str | None:
-    """The last technique since the last training that was left out, or None."""
+def _timed(taken: list[StepCost]) -> str | None:
+    """The last technique since the last training that was left out because it goes by times, or None."""
     row = itertools.takewhile(lambda step: step.outcome != "not trained", reversed(taken))
-    return next((step.name for step in row if step.outcome == "left out"), None)
+    return next((step.name for step in row if step.says == (TIMED,)), None)
 
 
 def _few(sample: Callable[[int], tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, np.ndarray]:
