@@ -125,6 +125,14 @@ def test_what_a_cut_or_another_activation_took_comes_back_in_part() -> None:
         assert [*notes] == [f"blocks.{i}.{leaf}" for i in (0, 1) for leaf in ("attn.proj", "mlp.fc2")], what
 
 
+def test_the_stream_after_another_attention_is_closer() -> None:
+    """The stream, not the answers of a random model: all tokens count alike, and those that answers are read off are one of five."""
+    origin = vit().float()
+    notes = apply(technique("nystrom", copy.deepcopy(origin), landmarks=2), origin, images=made.IMAGES).notes["fitted"]
+    assert all(note["after"] <= note["before"] for note in notes.values())
+    assert notes["blocks.0.attn.proj"]["after"] < 0.96 * notes["blocks.0.attn.proj"]["before"]
+
+
 def test_layers_in_front_of_the_change_stay_as_they_are() -> None:
     origin = vit()
     model = copy.deepcopy(origin)

@@ -8,8 +8,8 @@ GELU is an error function of every value between the two layers. Int8 makes the 
 that it weighs more there than in float; ReLU is one comparison. Weights, shapes and multiply-accumulates stay what they were: only a
 measurement on the device says what an activation is worth.
 
-Without `train` steps after it the model answers with a function that its weights were not made for. A step of `prune` goes before this
-one where its scores are of gradients or answers: those of a model that is not trained to its activation say little.
+Without `refit` or `train` steps after it the model answers with a function that its weights were not made for, and mostly wrongly
+(results/LOG.md). A step of `prune` before this one scores units by the model as it was, one right after it by those answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config(Section):
     """Which function, and where."""
 
     kind: Literal["relu", "hard_swish"] = Field(
-        "relu", description="relu: the cheapest; hard_swish: dearer, and closer to GELU, with which it shares the dip below zero"
+        "relu", description="relu: the cheapest; hard_swish: dearer, and below zero for small negative values, as GELU is"
     )
     blocks: tuple[str, ...] = Field(("*",), min_length=1, description="which: fnmatch patterns of block names, such as blocks.1?")
 
@@ -43,7 +43,7 @@ def files(config: Config, builds: Path) -> list[Path]:
 
 
 def apply(model: nn.Module, config: Config, context: Context) -> Compressed:
-    """Exchange the activation of MLPs, in place; `train` steps that follow fit the weights to it.
+    """Exchange the activation of MLPs, in place; `refit` or `train` steps that follow fit the weights to it.
 
     Raises:
         UsageError: The model is quantized or has no transformer blocks, a pattern names none of them, or a block's MLP has no activation.

@@ -9,11 +9,11 @@ of attention or another activation left, and what they are to come to is the str
 
 Each fit is a ridge regression towards the weights as they are: `min_D |E - X D|^2 + l |D|^2`, where X are a layer's inputs, E what the
 stream lacks and D the change of weights, in closed form from sums over tokens. How strong the ridge is, each layer decides by a fifth of
-the images, which its fits have not seen; no change is one of the choices.
+the images, which its fits have not seen; no change is one of the choices. All tokens count alike, the class token no more than others.
 
     steps: [prune: {units: [mlp], target: {params: 0.72}}, activation: {kind: relu}, refit: {}]
 
-It takes seconds to minutes and no labels. `train` steps after it start closer to where they are to go. Memory: twice the images' residual
+It takes seconds to minutes and no labels; `train` steps may follow. Memory: twice the images' residual
 streams, 4 bytes a value (2,048 images of DeiT-Ti at 224 px: 2 x 310 MB).
 """
 
